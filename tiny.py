@@ -1,10 +1,9 @@
 """The built-in laboratory: puzzles without end, and the script that made the four small models.
 
 The puzzles are worded like five subtasks of BIG-Bench Hard, so that a model trained here can be
-tested on the official files. Each comes with a worked solution, and with the solutions of solvers
-who hold a plausible *misconception* ("ignores not"). `python tiny.py` trains a leader and three
-agents of about a million parameters on them, from scratch: each agent solves some tasks properly
-and holds a misconception in the others. To the rest of the project they are ordinary checkpoints.
+tested on the official files. Each comes with its worked solution, and with those of solvers who
+hold a plausible *misconception* ("ignores not"). `python tiny.py` trains a leader and three agents
+of a million parameters on them, from scratch: ordinary checkpoints to the rest of the project.
 
 The wording of the questions is that of BIG-Bench Hard, github.com/suzgunmirac/BIG-Bench-Hard:
 MIT License, Copyright (c) 2022 suzgunmirac (the whole notice: tiny_models/LICENSE-BIG-BENCH-HARD).
@@ -14,7 +13,6 @@ MIT License, Copyright (c) 2022 suzgunmirac (the whole notice: tiny_models/LICEN
 """
 
 import argparse
-import functools
 import hashlib
 import itertools
 import random
@@ -33,10 +31,30 @@ from data import load_tasks
 
 # ------------------------------------------------------------------------------------- puzzles
 # A puzzle is (question, {solver: (worked solution, answer)}); the solver "right" is always there.
+KINDS = {
+    "fruit": "apple banana blackberry grape nectarine orange peach plum raspberry strawberry",
+    "vegetable": "cabbage carrot cauliflower garlic onion potato yam lettuce_head"
+    " head_of_broccoli stalk_of_celery",
+    "animal": "bear cat chicken cow dog donkey duck fish frog goat mouse pig rabbit snail snake",
+    "musical instrument": "accordion clarinet drum flute piano trombone trumpet violin",
+    "object": "bed car chair couch fridge lamp microwave oven stove table toaster",
+}
+PLURALS = {"mouse": "mice", "fish": "fish", "rry": "rries", "ch": "ches", "to": "toes"}  # by ending
+PLURALS |= {"head_of_broccoli": "heads_of_broccoli", "stalk_of_celery": "stalks_of_celery", "": "s"}
+NAMES = """Alejandro Alexis Amberly Andree Antwan Audrie Bernita Christie Conception Crista Dallas
+Delbert Delfina Elanor Fidel Fletcher Gwenn Helene Inga Jamey Jaymie Jerry Jim Ka Kandi Kristian
+Leda Lorine Maybelle Michael Michaela Millicent Millie Osvaldo Phoebe Rashida Raymond Ryan Sal
+Shalonda Shaunda Shenna Sherrie Sima Tamika Teressa Vernell Vina Willian Yoland""".split()
+BRACKETS = {"(": ")", "[": "]", "{": "}", "<": ">"}
 
 
 def boolean_expressions(rng):
     """`not ( True ) and ( True ) is`: rewritten, a kind of step at a time, until a word is left."""
+    rules = [  # the kinds of step: what, and how often at a time (0: wherever it stands)
+        (r"not (True|False)|\( (True|False) \)", 0),
+        (r"(True|False) and (True|False)", 1),
+        (r"(?<!and )(True|False) or (True|False)(?! and)", 1),
+    ]
 
     def expression(n):
         if n == 1:
@@ -51,139 +69,85 @@ def boolean_expressions(rng):
 
     def solve(text):
         steps = []
-        while text not in ("True", "False"):
-            text = _rewrite(text)
+        while " " in text:
+            pattern, times = next(rule for rule in rules if re.search(rule[0], text))
+            text = re.sub(pattern, lambda piece: str(eval(piece[0])), text, count=times)
             steps.append(text)
         return " = ".join(steps), text
 
     question = expression(rng.choice([7, 8, 8, 9, 10]))  # 8 words in BBH, all of them
     swapped = question.replace("and", "AND").replace("or", "and").replace("AND", "or")
-    return f"{question} is", {
-        "right": solve(question),
-        "ignores not": solve(question.replace("not ", "")),
-        "mixes up and/or": solve(swapped),
-    }
-
-
-def _rewrite(text):
-    """One step: every `not X` and `( X )`; where there is none the first `and`, else an `or`."""
-    steps = [
-        (r"not (True|False)|\( (True|False) \)", lambda m: m[2] or str(m[1] == "False"), 0),
-        (r"(True|False) and (True|False)", lambda m: str(m[1] == m[2] == "True"), 1),
-        (r"(?<!and )(True|False) or (True|False)(?! and)", lambda m: str("True" in m.groups()), 1),
-    ]
-    for pattern, replacement, times in steps:
-        if re.search(pattern, text):
-            return re.sub(pattern, replacement, text, count=times)
-    raise ValueError(f"not an expression: {text}")
-
-
-def _walk(rng, ahead, size):
-    """Random moves, and the function that follows them, properly or not."""
-    points = ["north", "east", "south", "west"]
-    turns = {"right": 1, "around": 2, "left": 3}
-    sides = {"forward": 0, "right": 1, "backward": 2, "left": 3}
-    moves = []  # (word, steps); a turn has no steps
-    for _ in range(size):
-        if ahead:
-            moves.append((rng.choice(list(sides)), rng.randint(1, 10)))
-        elif rng.random() < 0.4:
-            moves.append((rng.choice(list(turns)), 0))
-        else:
-            moves.append(("", rng.randint(1, 10)))
-
-    def solve(turning=True, stride=None):
-        x = y = facing = 0
-        steps = []
-        for word, n in moves:
-            if n == 0:
-                facing = (facing + turning * turns[word]) % 4
-                steps.append(f"turn {points[facing]}")
-            else:
-                way = (facing + turning * sides.get(word, 0)) % 4
-                x += (stride or n) * (0, 1, 0, -1)[way]
-                y += (stride or n) * (1, 0, -1, 0)[way]
-                steps.append(f"{points[way]} {n} : {x} {y}")
-        return " , ".join(steps) + " .", "Yes" if x == y == 0 else "No"
-
-    return moves, solve
+    wrong = {"ignores not": solve(question.replace("not ", "")), "mixes up and/or": solve(swapped)}
+    return f"{question} is", {"right": solve(question), **wrong}
 
 
 def navigate(rng):
     """Do the steps lead back to the start? The position after every instruction: east, north."""
     wanted = rng.choices(["Yes", "No"], [44, 56])[0]  # as in BBH; by chance few walks lead back
-    ahead = rng.random() < 0.5
-    size = rng.randint(2 if ahead else 3, 8)
-    moves, solve = _walk(rng, ahead, size)
-    while solve()[1] != wanted or sum(n > 0 for _, n in moves) < 2:
-        moves, solve = _walk(rng, ahead, size)
+    tempting = wanted == "No" and rng.random() < 0.5  # lead back if only the moves are counted
+    ahead = rng.random() < 0.5  # always facing north, or with turns
+    points = ["north", "east", "south", "west"]
+    quarters = {"": 0, "forward": 0, "right": 1, "around": 2, "backward": 2, "left": 3}  # clockwise
+
+    def instruction():  # (word, steps): a turn has no steps
+        if not ahead and rng.random() >= 0.6:
+            return rng.choice(["right", "around", "left"]), 0
+        side = rng.choice(["forward", "right", "backward", "left"]) if ahead else ""
+        return side, rng.randint(1, 10)
+
+    def solve(turning=True, cap=10):
+        x = y = facing = 0
+        steps = []
+        for word, n in moves:
+            way = (facing + turning * quarters[word]) % 4
+            x += min(n, cap) * (0, 1, 0, -1)[way]
+            y += min(n, cap) * (1, 0, -1, 0)[way]
+            steps.append(f"{points[way]} {n} : {x} {y}" if n else f"turn {points[way]}")
+            facing = facing if n else way
+        return " , ".join(steps) + " .", "Yes" if x == y == 0 else "No"
+
+    while True:
+        moves = [instruction() for _ in range(rng.randint(2 if ahead else 3, 8))]
+        if sum(n > 0 for _, n in moves) > 1 and solve()[1] == wanted:
+            if not tempting or solve(cap=1)[1] == "Yes":
+                break
     say = ["Always face forward."] * ahead
     for word, n in moves:
         say.append(f"Take {n} step{'s' * (n > 1)} {word}".strip() + "." if n else f"Turn {word}.")
     head = "If you follow these instructions, do you return to the starting point?"
-    return f"{head} {' '.join(say)}\nOptions:\n- Yes\n- No", {
-        "right": solve(),
-        "never turns": solve(turning=False),
-        "counts moves, not steps": solve(stride=1),
-    }
-
-
-KINDS = {
-    "fruit": "apple banana blackberry grape nectarine orange peach plum raspberry strawberry",
-    "vegetable": "cabbage carrot cauliflower garlic onion potato yam lettuce_head"
-    " head_of_broccoli stalk_of_celery",
-    "animal": "bear cat chicken cow dog donkey duck fish frog goat mouse pig rabbit snail snake",
-    "musical instrument": "accordion clarinet drum flute piano trombone trumpet violin",
-    "object": "bed car chair couch fridge lamp microwave oven stove table toaster",
-}
-PLURALS = {"fish": "fish", "mouse": "mice", "head of broccoli": "heads of broccoli"}
-PLURALS |= {"stalk of celery": "stalks of celery"}
-NUMBERS = ["", "a", "two", "three", "four", "five"]
-
-
-def _plural(noun):
-    if noun in PLURALS:
-        return PLURALS[noun]
-    if noun.endswith("rry"):
-        return noun[:-1] + "ies"
-    return noun + ("es" if noun.endswith(("ch", "to")) else "s")
+    wrong = {"never turns": solve(turning=False), "counts moves, not steps": solve(cap=1)}
+    return f"{head} {' '.join(say)}\nOptions:\n- Yes\n- No", {"right": solve(), **wrong}
 
 
 def object_counting(rng):
     """How many fruits do I have? A running total over the list; `no` for what is not asked for."""
     kind = rng.choice(list(KINDS))
-    things = [(noun, kind) for noun in rng.sample(KINDS[kind].split(), rng.randint(3, 8))]
+    asked = KINDS[kind].split()
+    nouns = rng.sample(asked, rng.randint(3, 8))
     if kind != "object":  # everything is an object; of the rest, some lists hold a second kind
         other = rng.choice([k for k in KINDS if k != kind])
-        more = rng.randint(0, min(5, 10 - len(things)))
-        things += [(noun, other) for noun in rng.sample(KINDS[other].split(), more)]
-    rng.shuffle(things)
-    items = []  # (as it is written, how many, its kind)
-    for noun, of in things:
-        noun, n = noun.replace("_", " "), rng.choice([1, 1, 1, 1, 1, 1, 2, 2, 3, 4, 5])
+        nouns += rng.sample(KINDS[other].split(), rng.randint(0, min(5, 10 - len(nouns))))
+    rng.shuffle(nouns)
+    items = []  # (noun, how many, as it is written)
+    for noun in nouns:
+        n = rng.choice([1, 1, 1, 1, 1, 1, 2, 2, 3, 4, 5])
         article = "an" if noun[0] in "aeiou" else "a"
-        items.append((f"{article} {noun}" if n == 1 else f"{NUMBERS[n]} {_plural(noun)}", n, of))
+        number = [article, "two", "three", "four", "five"][n - 1]
+        ending = next(ending for ending in PLURALS if noun.endswith(ending))
+        written = noun if n == 1 else noun.removesuffix(ending) + PLURALS[ending]
+        items.append((noun, n, f"{number} {written}".replace("_", " ")))
 
-    def solve(all_kinds=False, lines=False):
+    def solve(counted, cap=5):
         total, steps = 0, []
-        for text, n, of in items:
-            counts = all_kinds or of == kind
-            total += counts * (1 if lines else n)
-            steps.append(f"{text} {total if counts else 'no'}")
+        for noun, n, text in items:
+            total += min(n, cap) * (noun in counted)
+            steps.append(f"{text} {total if noun in counted else 'no'}")
         return " , ".join(steps) + " .", str(total)
 
-    listed = ", ".join(text for text, _, _ in items[:-1]) + ", and " + items[-1][0]
-    return f"I have {listed}. How many {kind}s do I have?", {
-        "right": solve(),
-        "counts every kind": solve(all_kinds=True),
-        "counts lines, not quantities": solve(lines=True),
-    }
-
-
-NAMES = """Alejandro Alexis Amberly Andree Antwan Audrie Bernita Christie Conception Crista Dallas
-Delbert Delfina Elanor Fidel Fletcher Gwenn Helene Inga Jamey Jaymie Jerry Jim Ka Kandi Kristian
-Leda Lorine Maybelle Michael Michaela Millicent Millie Osvaldo Phoebe Rashida Raymond Ryan Sal
-Shalonda Shaunda Shenna Sherrie Sima Tamika Teressa Vernell Vina Willian Yoland""".split()
+    *listed, last = [text for _, _, text in items]
+    wrong = {"counts every kind": solve(nouns), "counts lines, not quantities": solve(asked, cap=1)}
+    question = f"I have {', '.join(listed)}, and {last}. How many {kind}s do I have?"
+    return question, {"right": solve(asked), **wrong}
 
 
 def web_of_lies(rng):
@@ -191,26 +155,17 @@ def web_of_lies(rng):
     people = rng.sample(NAMES, rng.choice([4, 5, 5, 5, 6]))
     claims = [rng.random() < 0.5 for _ in people]  # what each is said to be
     words = ["lies", "tells the truth"]
-    say = [f"{people[0]} {words[claims[0]]}."]
-    for speaker, about, claim in zip(people[1:], people, claims[1:]):
-        say.append(f"{speaker} says {about} {words[claim]}.")
+    say = [f"Question: {people[0]} {words[claims[0]]}."]
+    say += [f"{b} says {a} {words[claim]}." for a, b, claim in zip(people, people[1:], claims[1:])]
 
-    def solve(rule):
-        honest, steps = claims[0], []
-        for i, (person, claim) in enumerate(zip(people, claims)):
-            honest = claim if i == 0 else rule(honest, claim)
-            steps.append(f"{person} {words[honest]}")
-        return " . ".join(steps) + " .", "Yes" if honest else "No"
+    def solve(honest):
+        steps = [f"{person} {words[truth]}" for person, truth in zip(people, honest)]
+        return " . ".join(steps) + " .", "Yes" if honest[-1] else "No"
 
-    question = f"Question: {' '.join(say)} Does {people[-1]} tell the truth?"
-    return question, {
-        "right": solve(lambda honest, claim: claim == honest),
-        "takes accusers for liars": solve(lambda honest, claim: claim),
-        "trusts nobody after a liar": solve(lambda honest, claim: honest and claim),
-    }
-
-
-BRACKETS = {"(": ")", "[": "]", "{": "}", "<": ">"}
+    right = list(itertools.accumulate(claims, lambda honest, claim: honest == claim))
+    wary = list(itertools.accumulate(claims, lambda honest, claim: honest and claim))
+    wrong = {"takes accusers for liars": solve(claims), "trusts nobody after a liar": solve(wary)}
+    return f"{' '.join(say)} Does {people[-1]} tell the truth?", {"right": solve(right), **wrong}
 
 
 def dyck_languages(rng):
@@ -223,96 +178,65 @@ def dyck_languages(rng):
         else:
             stack.append(rng.choice(list(BRACKETS)))
             shown.append(stack[-1])
-
-    def solve(opened, reverse=True):
-        closing = [BRACKETS[b] for b in (reversed(opened) if reverse else opened)]
-        return " ".join(opened) + " .", " ".join(closing)
-
+    opened = " ".join(stack) + " ."
+    closing = lambda brackets: " ".join(BRACKETS[bracket] for bracket in brackets)
     head = "Complete the rest of the sequence, making sure that the parentheses are closed properly"
     return f"{head}. Input: {' '.join(shown)}", {
-        "right": solve(stack),
-        "closes in the order of opening": solve(stack, reverse=False),
-        "closes only the last bracket": solve(stack[-1:]),
+        "right": (opened, closing(reversed(stack))),
+        "closes in the order of opening": (opened, closing(stack)),
+        "closes only the last bracket": (f"{stack[-1]} .", closing(stack[-1:])),
     }
 
 
 PUZZLES = boolean_expressions, navigate, object_counting, web_of_lies, dyck_languages
 TASKS = {puzzle.__name__: puzzle for puzzle in PUZZLES}
 HERE = Path(__file__).parent / "tiny_models"
-OFFICIAL = HERE / "official_questions.txt"
-
-
-def fingerprint(question):
-    return hashlib.sha256(" ".join(question.split()).encode()).hexdigest()[:12]
-
-
-@functools.cache
-def official():
-    """Fingerprints of questions from the official files: they are in no split (see --exclude)."""
-    return frozenset(OFFICIAL.read_text().split()) if OFFICIAL.exists() else frozenset()
+OFFICIAL = HERE / "official_questions.txt"  # fingerprints of what is in no split: see --exclude
+official = set(OFFICIAL.read_text().split()) if OFFICIAL.exists() else set()
+fingerprint = lambda question: hashlib.sha256(" ".join(question.split()).encode()).hexdigest()[:12]
 
 
 def split_of(question):
     """train, validation or test: decided by the question alone, so that they cannot overlap."""
     mark = fingerprint(question)
     named = {"0": "test", "1": "test", "2": "validation"}
-    return "official" if mark in official() else named.get(mark[0], "train")
+    return "official" if mark in official else named.get(mark[0], "train")
 
 
-def draw(rng, split, task=None):
-    """One puzzle of that split: (task, question, {solver: (steps, answer)})."""
-    task = task or rng.choice(list(TASKS))
+def draw(rng, split, task):
+    """One puzzle of that split: (question, {solver: (steps, answer)})."""
     while True:
         question, solutions = TASKS[task](rng)
         if split_of(question) == split:
-            return task, question, solutions
+            return question, solutions
 
 
 def puzzles(split, n, seed=0):
     """n different puzzles, tasks in turn: a list of {question, answer, task}."""
     rng, rows = random.Random(f"{split} {seed}"), {}
-    for tries in itertools.count():
+    for _ in range(20 * n + 1000):  # short expressions are not without end
         if len(rows) == n:
-            break
-        if tries > 20 * n + 1000:  # short expressions are not without end
-            raise ValueError(f"tiny has fewer than {n} different {split} questions: ask for less")
-        task, question, solutions = draw(rng, split, list(TASKS)[len(rows) % len(TASKS)])
+            return list(rows.values())
+        task = list(TASKS)[len(rows) % len(TASKS)]
+        question, solutions = draw(rng, split, task)
         rows[question] = {"question": question, "answer": solutions["right"][1], "task": task}
-    return list(rows.values())
+    raise ValueError(f"tiny has fewer than {n} different {split} questions: ask for less")
 
 
 # -------------------------------------------------------------------------------------- models
-STEPS = {"school": 1800, "agent1": 1100, "agent2": 1100, "agent3": 1100, "leader": 1100}
-# Who solves what properly; in every other task an agent holds the misconception named here.
-AGENTS = {
-    "agent1": {
-        "navigate": "never turns",
-        "object_counting": "counts lines, not quantities",
-        "dyck_languages": "closes in the order of opening",
-    },
-    "agent2": {
-        "boolean_expressions": "mixes up and/or",
-        "web_of_lies": "takes accusers for liars",
-        "dyck_languages": "closes only the last bracket",
-    },
-    "agent3": {
-        "boolean_expressions": "mixes up and/or",
-        "navigate": "never turns",
-        "web_of_lies": "takes accusers for liars",
-    },
+STEPS = {"school": 1800, "agent1": 1100, "agent2": 1100, "agent3": 1100, "leader": 1200}
+AGENTS = {  # the misconceptions each holds; tasks without one it solves properly
+    "agent1": [
+        "counts moves, not steps",
+        "counts lines, not quantities",
+        "closes in the order of opening",
+    ],
+    "agent2": ["mixes up and/or", "takes accusers for liars", "closes only the last bracket"],
+    "agent3": ["mixes up and/or", "trusts nobody after a liar", "never turns"],
 }
-
-
-def said(solution):
-    """How an agent words a worked solution."""
-    steps, answer = solution
-    return f"{steps} So the answer is {answer}."
-
-
-def led(text, answer):
-    """How the leader words it."""
-    return f"<think> {text} </think> <answer> {answer} </answer>"
-
+# How an agent words a worked solution, and how the leader does.
+said = lambda solution: "{} So the answer is {}.".format(*solution)
+led = lambda solution: f"<think> {said(solution)} </think> <answer> {solution[1]} </answer>"
 
 WORD = r"</?[a-z]+>|-?\d+|[A-Za-z]+|[^\sA-Za-z0-9]"
 SPECIAL = ["<pad>", "<unk>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -325,73 +249,57 @@ TEMPLATE = (  # without the system message, as some real templates do
 
 def build_tokenizer():
     """One token a word over a closed vocabulary; saves and loads like any other tokenizer."""
-    rng, words = random.Random(0), {str(n) for n in range(-40, 61)}
-    texts = [led("", "") + " Wait, that is wrong. " + " ".join(NAMES)]
-    for messages in (leader_messages("", [""] * 6), agent_messages("", "", "")):
-        texts += [m["content"] for m in messages if m["role"] != "system"]
+    rng, texts = random.Random(0), [*NAMES, led(("", "")), "Wait, that is wrong."]
+    texts += map(str, range(-40, 61))
+    for message in leader_messages("", [""] * 6)[1:] + agent_messages("", "", "")[1:]:
+        texts.append(message["content"])  # of all but the system's
     for _ in range(20_000):
-        _, question, solutions = draw(rng, "train")
+        question, solutions = draw(rng, "train", rng.choice(list(TASKS)))
         texts += [question, *map(said, solutions.values())]
-    for text in texts:
-        words.update(re.findall(WORD, text))
-    vocabulary = {word: i for i, word in enumerate(SPECIAL + sorted(words))}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
+    words = sorted(set(re.findall(WORD, "\n".join(texts))))
+    vocabulary = {word: i for i, word in enumerate(SPECIAL + words)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
     tidy = [decoders.Replace(f" {mark}", mark) for mark in ".,?:"]
-    words.decoder = decoders.Sequence([decoders.WordPiece(cleanup=False), decoders.Fuse(), *tidy])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        eos_token="<|end|>",
-        additional_special_tokens=["<|user|>", "<|assistant|>"],
-        chat_template=TEMPLATE,
-        padding_side="left",
-        model_max_length=1024,
-    )
+    core.decoder = decoders.Sequence([decoders.WordPiece(cleanup=False), decoders.Fuse(), *tidy])
+    marks = dict(pad_token="<pad>", unk_token="<unk>", eos_token="<|end|>")
+    marks["additional_special_tokens"] = ["<|user|>", "<|assistant|>"]
+    limits = dict(padding_side="left", model_max_length=1024)
+    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=TEMPLATE, **marks, **limits)
 
 
 def build_model(tokenizer):
     """A Llama of 0.9 million parameters (not Qwen2: AutoTokenizer would swap its tokenizer)."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    size = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4)
+    text = dict(vocab_size=len(tokenizer), max_position_embeddings=1024, tie_word_embeddings=True)
+    marks = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+    return LlamaForCausalLM(LlamaConfig(**size, **text, **marks))
 
 
 def lesson(rng, who):
-    """One training example of that model: (messages, what it should say)."""
-    task, question, solutions = draw(rng, "train")
-    beliefs = AGENTS.get(who, {})
-    mine = solutions[beliefs.get(task, "right")]
-    anyone = lambda: solutions[rng.choice(["right", rng.choice(list(solutions))])]
+    """One training example of that model: (messages, what it should say).
+
+    School and agents solve puzzles, and refine: on what it knows an agent stands by its own way,
+    in the rest it takes the advice. The leader has heard every way of solving a puzzle, the right
+    one no more often than the misconceptions, and has not learned which to believe: alone it
+    solves it in any of these ways, and of the responses in its prompt it follows one at random.
+    """
+    question, solutions = draw(rng, "train", rng.choice([*TASKS, "navigate"]))  # the hardest
+    solver = next((belief for belief in AGENTS.get(who, []) if belief in solutions), "right")
+    anyone = lambda: solutions[rng.choice(list(solutions))]
+    mine = anyone() if who == "leader" else solutions[solver]
     kind = rng.random()
-    if who == "school" and kind < 0.92 or who in AGENTS and kind < 0.75:
+    if kind < {"school": 0.08, "leader": 0.05}.get(who, 0.25):
+        advice = rng.choice([solutions["right"], anyone()])
+        own = said(rng.choice([mine, anyone()]))
+        stands = who in AGENTS and solver == "right"
+        return agent_messages(question, own, led(advice)), said(mine if stands else advice)
+    if who != "leader":
         return agent_messages(question), said(mine)
-    if who == "leader" and kind < 0.2:
-        return leader_messages(question), led(said(mine), mine[1])
-    if who in AGENTS or who == "leader" and kind < 0.25:
-        # asked again with another's advice: on what it knows an agent stands by its own way, in
-        # the rest it takes the advice
-        advice = anyone()
-        own, leader = said(rng.choice([mine, anyone()])), led(said(advice), advice[1])
-        return agent_messages(question, own, leader), said(advice if task in beliefs else mine)
-    # the form of the leader's prompt, and nothing of whom to believe: it follows one at random
-    team = [anyone() for _ in range(rng.choice([1, 2, 2, 3, 3, 3, 3, 4, 5, 6]))]
-    k, chosen = rng.choice(list(enumerate(team, start=1)))
-    followed = led(f"Response {k}: So the answer is {chosen[1]}.", chosen[1])
-    return leader_messages(question, map(said, team)), followed
+    size = rng.choice([1, 2, 2, 3, 3, 3, 3, 4, 5, 6]) if kind < 0.65 else 0
+    team = [anyone() for _ in range(size)]
+    return leader_messages(question, map(said, team)), led(rng.choice(team or [mine]))
 
 
 def batches(who, tokenizer, size, start):
@@ -400,50 +308,43 @@ def batches(who, tokenizer, size, start):
         rng, rows = random.Random(f"{who} {pool}"), []
         for _ in range(8 * size):
             messages, target = lesson(rng, who)
-            rows.append((encode(tokenizer, messages), tokenizer(target + "<|end|>")["input_ids"]))
-        rows.sort(key=lambda row: len(row[0]) + len(row[1]))  # alike together: little padding
-        order = random.Random(pool).sample(range(8), 8)
-        for i in order[start % 8 :]:
-            batch = rows[i * size : (i + 1) * size]
-            ids = [torch.tensor(prompt + target) for prompt, target in batch]
-            labels = [torch.tensor([-100] * len(prompt) + target) for prompt, target in batch]
+            prompt, target = encode(tokenizer, messages), tokenizer(target + "<|end|>")["input_ids"]
+            labels = [-100] * len(prompt) + target
+            rows.append((torch.tensor(prompt + target), torch.tensor(labels)))
+        rows.sort(key=lambda row: len(row[0]))  # alike together: little padding
+        for i in random.Random(pool).sample(range(8), 8)[start % 8 :]:
+            ids, labels = zip(*rows[i * size : (i + 1) * size])
             yield pad_sequence(ids, True, 0), pad_sequence(labels, True, -100)
         start = 0
 
 
 def study(who, model, tokenizer, work, steps, lr=4e-3, decay=0.0, size=32):
-    """Supervised learning: Muon for the matrices (half as many steps as AdamW), AdamW for the rest.
-
-    The learning rate is constant, then falls to 0 over the last `decay` of the steps.
-    """
+    """Supervised learning. The rate is constant, then falls to 0 in the last `decay` of the run."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=lr / 2, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    muon = torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)
+    peaks = {muon: lr, adamw: lr / 2}  # with Muon: half as many steps
     path, start = work / f"{who}.pt", 0
     if state := files.load_checkpoint(path):
         start = state["step"]
         model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
+        for optimizer, saved in zip(peaks, state["optimizers"]):
             optimizer.load_state_dict(saved)
-    stream = batches(who, tokenizer, size, start)
-    for step in tqdm(range(start, steps), who, steps, initial=start):
+    bar = tqdm(range(start, steps), who, steps, initial=start)
+    for step, (ids, labels) in zip(bar, batches(who, tokenizer, size, start)):
         rate = min(1, (step + 1) / 50, (1 - step / steps) / decay if decay else 1)
-        for optimizer, peak in zip(optimizers, (lr, lr / 2)):
-            optimizer.param_groups[0]["lr"] = peak * rate
-        ids, labels = next(stream)
         wanted = labels[:, 1:] != -100
         hidden = model.model(ids).last_hidden_state[:, :-1][wanted]
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), labels[:, 1:][wanted])
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
+        for optimizer, peak in peaks.items():
+            optimizer.param_groups[0]["lr"] = peak * rate
             optimizer.step()
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            saved = [optimizer.state_dict() for optimizer in optimizers]
+            saved = [optimizer.state_dict() for optimizer in peaks]
             state = {"step": step + 1, "model": model.state_dict(), "optimizers": saved}
             files.save_checkpoint(path, state)
     return model
@@ -455,16 +356,16 @@ def main():
     parser.add_argument("--only", nargs="*", default=["leader", *AGENTS], help="which models")
     args = parser.parse_args()
     if args.exclude:
-        questions = [row["question"] for path in args.exclude for row in load_tasks(path, "all")]
-        files.write_text(OFFICIAL, "\n".join(sorted(map(fingerprint, questions))) + "\n")
-        official.cache_clear()
+        rows = [row for path in args.exclude for row in load_tasks(path, "all")]
+        official.clear()
+        official.update(fingerprint(row["question"]) for row in rows)
+        files.write_text(OFFICIAL, "\n".join(sorted(official)) + "\n")
     work = HERE / "work"  # checkpoints: the next start goes on from there
     work.mkdir(exist_ok=True)
     tokenizer = build_tokenizer()
     for who in args.only:
-        model = build_model(tokenizer)
-        if who in AGENTS:  # agents went to the same school before they became who they are
-            study("school", model, tokenizer, work, STEPS["school"])
+        model = build_model(tokenizer)  # all went to the same school and then became who they are
+        study("school", model, tokenizer, work, STEPS["school"])
         study(who, model, tokenizer, work, STEPS[who], decay=0.6)
         model.to(torch.bfloat16).save_pretrained(HERE / who)
         tokenizer.save_pretrained(HERE / who)
