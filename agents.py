@@ -2,14 +2,13 @@
 
 import math
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from jinja2 import TemplateError
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils import logging
 
 logging.disable_progress_bar()  # loading weights takes no time worth a bar
@@ -25,61 +24,42 @@ LEADER_SYSTEM = (
 AGENT_SYSTEM = (
     "Answer the question. Reason step by step, then end with the sentence: So the answer is X."
 )
+TAGS = re.compile(r"</?think>|</?answer>")  # what gives the leader's output its parts
 
 
 def leader_messages(question, responses=()):
-    """The leader's prompt: the K responses first, the question last.
-
-    With no responses this is the leader alone, and its prompt is the ending of the team's prompt:
-    what is learned with the team carries over (and it learns faster than question-first).
-    """
-    team = [f"Response {k}: {quote(r)}\n\n" for k, r in enumerate(responses, start=1)]
+    """The leader's prompt: the K responses first, the question last. So the leader alone (without
+    responses) reads the ending of the team's prompt, and what is learned with the team carries
+    over; it also learns faster than with the question first."""
+    team = "".join(f"Response {k}: {quote(r)}\n\n" for k, r in enumerate(responses, start=1))
     return [
         {"role": "system", "content": LEADER_SYSTEM},
-        {"role": "user", "content": "".join(team) + f"Question: {question}"},
+        {"role": "user", "content": f"{team}Question: {question}"},
     ]
 
 
 def agent_messages(question, own=None, leader=None):
-    """An agent's prompt: the question alone, or (own, leader given) the turn in which it refines.
-
-    Agents are not told of each other: they see their own response and the leader's output.
-    """
-    messages = [
-        {"role": "system", "content": AGENT_SYSTEM},
-        {"role": "user", "content": f"Question: {question}"},
-    ]
+    """An agent's prompt: the question alone, or the turn in which it refines its `own` response.
+    Agents are not told of each other: they see that and the leader's output."""
+    turns = [("system", AGENT_SYSTEM), ("user", f"Question: {question}")]
     if leader is not None:
         advice = f"Another solver says: {quote(leader)}\n\nCheck both and answer again."
-        messages.append({"role": "assistant", "content": quote(own)})
-        messages.append({"role": "user", "content": advice})
-    return messages
-
-
-TAGS = re.compile(r"</?think>|</?answer>")
+        turns += [("assistant", quote(own)), ("user", advice)]
+    return [{"role": role, "content": text} for role, text in turns]
 
 
 def quote(text):
-    """Somebody's text as data in another's prompt: the tags that give a response its parts go.
-
-    `<think>steps</think><answer>5</answer>` becomes `steps The answer is 5.`
-    """
+    """Somebody's text as data in another's prompt, where tags of its own would mislead:
+    `<think>steps</think><answer>5</answer>` becomes `steps The answer is 5.`"""
     text = re.sub(r"<answer>([^<]*)</answer>", r" The answer is \1.", text)
     return " ".join(TAGS.sub(" ", text).split())
 
 
 def encode(tokenizer, messages):
     """Chat messages -> token ids of the whole prompt, up to where the assistant begins to speak.
-
-    Questions and responses are data: a chat marker inside them (`<|im_end|>`) would become the
-    real special token, so it is broken up by a space. A template that refuses a system message
-    (Gemma's) gets it at the head of the first user turn.
-    """
+    A template that refuses a system message (Gemma's) gets it at the head of the user's turn."""
     if not tokenizer.chat_template:
-        raise ValueError(
-            f"{tokenizer.name_or_path} has no chat template: use an instruct model, or set "
-            "tokenizer.chat_template in its folder"
-        )
+        raise ValueError(f"{tokenizer.name_or_path} has no chat template: use an instruct model")
     messages = [{**m, "content": defuse(tokenizer, m["content"])} for m in messages]
     template = dict(add_generation_prompt=True, return_dict=False)
     try:
@@ -91,7 +71,8 @@ def encode(tokenizer, messages):
 
 
 def defuse(tokenizer, text):
-    """`text` without anything that this tokenizer would read as one of its special tokens."""
+    """Text as data: a chat marker in it (`<|im_end|>`) would become the real special token, and so
+    it is broken up by a space."""
     for token in tokenizer.all_special_tokens:
         while token in text:
             text = text.replace(token, f"{token[0]} {token[1:]}")
@@ -105,9 +86,9 @@ def defuse(tokenizer, text):
 class Completion:
     """One sampled continuation of a prompt."""
 
+    text: str  # decoded, without special tokens
     ids: list  # token ids, with the end-of-sequence token if it came
     logprobs: list  # of each of them, under the distribution it was drawn from
-    text: str  # decoded, without special tokens
     finished: bool  # False: cut off by max_new_tokens
     prompt_ids: list = field(repr=False)
 
@@ -122,128 +103,75 @@ def stop_ids(model, tokenizer):
 
 @torch.no_grad()
 def sample(
-    model,
-    tokenizer,
-    prompts,
-    n=1,
-    temperature=1.0,
-    max_new_tokens=256,
-    batch_tokens=2**16,
-    bar=None,
+    model, tokenizer, prompts, n=1, temperature=1.0, max_new_tokens=256, room=2**15, bar=None
 ):
-    """n completions of every prompt, by ancestral sampling (temperature 0: greedy).
+    """For every prompt (chat messages or token ids) a list of n `Completion`s.
 
-    What is sampled is softmax(logits / temperature) and nothing else: no top-k, top-p or penalty,
-    whatever the model's generation_config says, so that the log-probabilities are the policy's.
-    Prompts are chat messages or token ids. Returns, per prompt, a list of n `Completion`s.
-    Randomness comes from torch's global generator.
-
-    Saving: each prompt is run once, not n times, and its keys and values are never copied.
+    They are drawn from softmax(logits / temperature) (at 0: its maximum) and nothing else: no
+    top-k, top-p or penalty, whatever generation_config says, so that log-probabilities are right.
+    Randomness comes from torch's global generator. `room`: tokens in the cache at one time.
     """
-    was_training = model.training
-    model.eval()
     prompts = [p if isinstance(p[0], int) else encode(tokenizer, p) for p in prompts]
     out = [None] * len(prompts)
-    stop = stop_ids(model, tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # alike together: less pad
     while order:
-        longest = len(prompts[order[0]])
-        size = max(1, batch_tokens // (longest + n * max_new_tokens))
+        size = max(1, room // (len(prompts[order[0]]) + n * max_new_tokens))
         batch, order = order[:size], order[size:]
+        asked = [prompts[i] for i in batch]
         with autocast(model):
-            rows = _sample_batch(
-                model, [prompts[i] for i in batch], n, temperature, max_new_tokens, stop
-            )
-        for i, samples in zip(batch, rows):
-            out[i] = [
-                Completion(
-                    ids, logprobs, tokenizer.decode(ids, skip_special_tokens=True), done, prompts[i]
-                )
-                for ids, logprobs, done in samples
-            ]
+            said = _sample_batch(model, tokenizer, asked, n, temperature, max_new_tokens)
+        for k, i in enumerate(batch):
+            out[i] = said[k * n : (k + 1) * n]
         if bar is not None:
-            bar.update(len(batch))
-    model.train(was_training)
+            bar.update(len(said))
     return out
 
 
-def _sample_batch(model, prompts, n, temperature, max_new_tokens, stop):
-    """The loop of `sample` for one batch: per prompt, n tuples (ids, logprobs, finished)."""
-    device = model.device
-    shared = shares_prompts(model)
+def _sample_batch(model, tokenizer, prompts, n, temperature, max_new_tokens):
+    """The loop of `sample` for one batch: n `Completion`s of the first prompt, then the next's."""
+    device, stop = model.device, stop_ids(model, tokenizer)
     ids, mask = pad(prompts, device, "left")  # (B, P) each
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     prefill = model(ids, attention_mask=mask, position_ids=positions, logits_to_keep=1)
     logits = prefill.logits[:, -1].repeat_interleave(n, 0)  # (B * n, V): n first tokens are drawn
-    layers = [(layer.keys, layer.values) for layer in prefill.past_key_values.layers]
-    cache = Cache(layers=[GrowingLayer() for _ in layers])
-    groups, slots = len(prompts), n  # rows are a grid: `slots` rows for each of `groups` prompts
-    if not shared:  # every row gets its own copy of the prompt, and is a group by itself
-        groups, slots, mask = groups * n, 1, mask.repeat_interleave(n, 0)
-        for layer, (keys, values) in zip(cache.layers, layers):
-            layer.update(keys.repeat_interleave(n, 0), values.repeat_interleave(n, 0))
+    kind = SharedPromptCache if shares_prompts(model) else PlainCache
+    cache = kind(prefill.past_key_values, mask, n, max_new_tokens)
+    start = mask.sum(1).repeat_interleave(n)  # where each row's completion begins, (rows,)
 
-    seen = mask.sum(1)  # prompt tokens without padding, per group
-    tokens = torch.zeros(len(logits), max_new_tokens, dtype=torch.long, device=device)
-    logprobs = torch.zeros(len(logits), max_new_tokens, device=device)
-    lengths = torch.zeros(len(logits), dtype=torch.long, device=device)
-    row = torch.arange(len(logits), device=device)  # which completion each row of the grid writes
-    done = torch.zeros(len(logits), dtype=torch.bool, device=device)
-    stopped = done.clone()  # by completion
-    stop = torch.tensor(stop, device=device)
+    # rows are a grid: `slots` for each prompt, n at first, and fewer once some are finished
+    row, slots, ends = torch.arange(len(logits), device=device), n, torch.tensor(stop).to(device)
+    tokens = torch.zeros(len(row), max_new_tokens, dtype=torch.long, device=device)
+    logprobs = torch.zeros(len(row), max_new_tokens, device=device)
+    lengths, done = torch.zeros_like(row), torch.zeros_like(row, dtype=torch.bool)
     for t in range(max_new_tokens):
         logp = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
         token = torch.multinomial(logp.exp(), 1)[:, 0] if temperature else logp.argmax(-1)
-        live = row[~done]
-        tokens[live, t] = token[~done]
-        logprobs[live, t] = logp.gather(1, token[:, None])[:, 0][~done]
-        lengths[live] = t + 1
-        done = done | torch.isin(token, stop)
-        stopped[row[done]] = True
-        if done.all() or t + 1 == max_new_tokens:
+        tokens[row, t], logprobs[row, t] = token, logp.gather(1, token[:, None])[:, 0]
+        lengths[row] += ~done  # what is still drawn for finished rows is cut off in the end
+        done = done | torch.isin(token, ends)
+        if t + 1 == max_new_tokens or done.all():
             break
-
-        # finished rows leave once a quarter of the grid is idle
-        alive = ~done.view(groups, slots)
+        alive = ~done.view(-1, slots)
         most, busy = int(alive.sum(1).max()), alive.any(1)
-        if int(busy.sum()) * most <= 0.75 * len(row):
+        if int(busy.sum()) * most <= 0.8 * len(row):  # a fifth of the grid is idle: it leaves
             first = torch.argsort((~alive).int(), dim=1, stable=True)[:, :most]
-            keep = (first + torch.arange(groups, device=device)[:, None] * slots)[busy].flatten()
-            row, done, token = row[keep], done[keep], token[keep]
-            groups, slots, mask, seen = int(busy.sum()), most, mask[busy], seen[busy]
-            layers = [(keys[busy], values[busy]) for keys, values in layers] if shared else layers
-            for layer in cache.layers:
-                layer.keep(keep)
-
-        positions = (seen + t).repeat_interleave(slots)[:, None]
-        if shared:
-            bias = torch.zeros(mask.shape, device=device).masked_fill(mask == 0, float("-inf"))
-            with attention(model, "shared_prompt"):
-                logits = model(
-                    token[:, None],
-                    position_ids=positions,
-                    past_key_values=cache,
-                    shared_prompt=(layers, bias[:, None, None]),
-                ).logits[:, -1]
-        else:
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            logits = model(
-                token[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache
-            ).logits[:, -1]
-    rows = zip(tokens.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist())
-    rows = [(ids[:k], logps[:k], bool(end)) for ids, logps, k, end in rows]
-    return [rows[i * n : (i + 1) * n] for i in range(len(prompts))]
+            grid = torch.arange(len(row), device=device).view(-1, slots)
+            keep, slots = grid.gather(1, first)[busy].flatten(), most
+            row, done, token, start = row[keep], done[keep], token[keep], start[keep]
+            cache.keep(keep, busy)
+        logits = cache.step(model, token[:, None], (start + t)[:, None])
+    out = []
+    for i, (ids, logps, k) in enumerate(zip(tokens.tolist(), logprobs.tolist(), lengths.tolist())):
+        text = tokenizer.decode(ids[:k], skip_special_tokens=True)
+        out.append(Completion(text, ids[:k], logps[:k], ids[k - 1] in stop, prompts[i // n]))
+    return out
 
 
 def pad(rows, device, side):
     """Token ids of unequal length -> (rows, longest) ids and mask. The id of padding is never
     read: it may well be the end-of-sequence id, so that the mask is made from the lengths."""
-    width, left = max(map(len, rows)), side == "left"
-    gaps = [[0] * (width - len(row)) for row in rows]
-    join = (lambda gap, row: gap + row) if left else (lambda gap, row: row + gap)
-    ids = torch.tensor([join(gap, row) for gap, row in zip(gaps, rows)], device=device)
-    mask = torch.tensor([join(gap, [1] * len(row)) for gap, row in zip(gaps, rows)], device=device)
-    return ids, mask
+    fill = lambda rows: pad_sequence([torch.LongTensor(r) for r in rows], True, 0, side).to(device)
+    return fill(rows), fill([[1] * len(row) for row in rows])
 
 
 def autocast(model):
@@ -252,67 +180,74 @@ def autocast(model):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
 
 
-class GrowingLayer(DynamicLayer):
-    """One layer's keys and values, in a buffer with room: a new token is written, none is copied.
+class PlainCache:
+    """The plain way: every row has its own copy of its prompt, and each token copies it again."""
 
-    (The stock `DynamicCache` concatenates: every token copies all that came before it.)
-    """
+    def __init__(self, cache, mask, n, room):
+        self.cache, self.mask = cache, mask.repeat_interleave(n, 0)
+        cache.batch_repeat_interleave(n)
 
-    room = 64
+    def step(self, model, token, positions):
+        """Logits (rows, V) of what follows `token` (rows, 1)."""
+        self.mask = torch.cat([self.mask, torch.ones_like(token)], dim=1)
+        seen = dict(attention_mask=self.mask, past_key_values=self.cache)
+        return model(token, position_ids=positions, **seen).logits[:, -1]
 
-    def __init__(self):
-        super().__init__()
+    def keep(self, rows, groups):
+        self.mask = self.mask[rows]
+        self.cache.batch_select_indices(rows)
+
+
+class SharedPromptCache:
+    """The fast way: a prompt's keys and values are kept once for its n rows; a row's own go into a
+    buffer that has room for all its tokens. For P prompt and R own tokens the plain cache holds
+    and reads n (P + R) of them, and copies all for every token (a stock cache concatenates); this
+    one holds and reads P + n R, and copies none."""
+
+    def __init__(self, cache, mask, n, room):
+        buffer = lambda x: x.new_empty(len(x) * n, x.shape[1], room, x.shape[3])
+        self.prompt = [(layer.keys, layer.values) for layer in cache.layers]  # (B, heads, P, d)
+        self.own = [(buffer(k), buffer(v)) for k, v in self.prompt]  # (rows, heads, room, d)
+        self.bias = mask.float().log()[:, None, None, None]  # 0, and -inf at the padding
         self.length = 0
 
-    def update(self, keys, values, *args, **kwargs):
-        end = self.length + keys.shape[2]
-        if self.keys is None or end > self.keys.shape[2]:
-            shape = (*keys.shape[:2], end + self.room, keys.shape[3])
-            old, self.keys, self.values = (
-                (self.keys, self.values),
-                keys.new_empty(shape),
-                values.new_empty(shape),
-            )
-            if self.length:
-                self.keys[:, :, : self.length], self.values[:, :, : self.length] = (
-                    part[:, :, : self.length] for part in old
-                )
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+    def step(self, model, token, positions):
+        """Logits (rows, V) of what follows `token` (rows, 1)."""
+        self.length += 1
+        config = model.config.get_text_config()
+        usual, config._attn_implementation = config._attn_implementation, "shared_prompt"
+        try:
+            out = model(token, position_ids=positions, use_cache=False, shared_prompt=self)
+        finally:
+            config._attn_implementation = usual
+        return out.logits[:, -1]
 
-    def get_seq_length(self):
-        return self.length
-
-    def keep(self, rows):
-        self.keys, self.values = self.keys[rows], self.values[rows]
+    def keep(self, rows, groups):
+        self.own = [(keys[rows], values[rows]) for keys, values in self.own]
+        self.prompt = [(keys[groups], values[groups]) for keys, values in self.prompt]
+        self.bias = self.bias[groups]
 
 
-def shared_prompt_attention(
-    module, query, key, value, attention_mask, scaling=None, shared_prompt=None, **kwargs
-):
-    """Attention of one new token in two parts: to the prompt, held once, and to the row's own text.
-
-    softmax([q K_prompt^T, q K_own^T] / sqrt(d)) [V_prompt; V_own]: the scores against the prompt
-    are one matrix product for all the rows of a group, so a prompt's keys and values are read
-    once per group and token instead of once per row.
-    query: (rows, heads, 1, d); key, value: (rows, kv heads, T, d); prompt: (B, kv heads, P, d).
+def shared_prompt_attention(module, query, key, value, _, scaling=None, shared_prompt=None, **kw):
+    """Attention of a new token in two parts, to the prompt, held once, and to the row's own text:
+    softmax([q K_prompt^T, q K_own^T] / sqrt(d)) [V_prompt; V_own]. The scores against the prompt
+    are one matrix product for a group, whose prompt is thus read once per token, not per row.
+    query: (rows, heads, 1, d); key, value: (rows, kv heads, 1, d); prompt: (B, kv heads, P, d).
     """
-    layers, bias = shared_prompt  # bias: (B, 1, 1, P), -inf at the padding
-    keys, values = layers[module.layer_idx]
-    (b, h, p, d), (rows, heads) = keys.shape, query.shape[:2]
-    g, r = rows // b, heads // h  # rows per prompt; query heads per key-value head
-    query = query.reshape(b, g, h, r, d) * scaling
-    to_prompt = query.transpose(1, 2).reshape(b, h, g * r, d) @ keys.transpose(-1, -2) + bias
-    to_prompt = to_prompt.view(b, h, g, r, p).transpose(1, 2)  # (B, g, h, r, P)
-    to_own = query.reshape(rows, h, r, d) @ key.transpose(-1, -2)  # (rows, h, r, T)
-    scores = torch.cat([to_prompt, to_own.view(b, g, h, r, -1)], dim=-1)
-    weights = torch.softmax(scores.float(), dim=-1).to(value.dtype)
-    from_prompt = weights[..., :p].transpose(1, 2).reshape(b, h, g * r, p) @ values
-    from_own = weights[..., p:].reshape(rows, h, r, -1) @ value
-    out = from_prompt.view(b, h, g, r, d).transpose(1, 2).reshape(rows, h, r, d) + from_own
-    return out.reshape(rows, 1, heads, d), None
+    prompt_keys, prompt_values = shared_prompt.prompt[module.layer_idx]
+    own, end = shared_prompt.own[module.layer_idx], shared_prompt.length
+    for buffer, new in zip(own, (key, value)):
+        buffer[:, :, end - 1] = new[:, :, 0]
+    (b, h, p, d), (rows, heads) = prompt_keys.shape, query.shape[:2]
+    # b prompts, g rows of each; h key-value heads, r query heads of each; p, t tokens
+    query = (query * scaling).reshape(b, rows // b, h, heads // h, d)
+    own_keys, own_values = (x[:, :, :end].view(b, rows // b, h, end, -1) for x in own)
+    to_prompt = torch.einsum("bghrd,bhpd->bghrp", query, prompt_keys) + shared_prompt.bias
+    to_own = torch.einsum("bghrd,bghtd->bghrt", query, own_keys)
+    weights = torch.cat([to_prompt, to_own], dim=-1).float().softmax(dim=-1).to(value.dtype)
+    out = torch.einsum("bghrp,bhpd->bghrd", weights[..., :p], prompt_values)
+    out = out + torch.einsum("bghrt,bghtd->bghrd", weights[..., p:], own_values)
+    return out.reshape(rows, 1, heads, -1), None
 
 
 AttentionInterface.register("shared_prompt", shared_prompt_attention)
@@ -321,19 +256,9 @@ AttentionInterface.register("shared_prompt", shared_prompt_attention)
 def shares_prompts(model):
     """Whether the two-part attention above is this model's own: plain, over the whole context."""
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return kinds == {"full_attention"} and not getattr(config, "attn_logit_softcapping", None)
-
-
-@contextmanager
-def attention(model, name):
-    """The model with another attention function for a while."""
-    own = model.config._attn_implementation
-    model.config._attn_implementation = name
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = own
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    other = [getattr(config, x, None) for x in ("sliding_window", "attn_logit_softcapping")]
+    return layers == {"full_attention"} and not any(other) and model._supports_attention_backend
 
 
 # ------------------------------------------------------------------------ the team, the rounds
@@ -346,9 +271,15 @@ class Speaker:
     name: str
     model: object
     tokenizer: object
+    device: str = "cpu"
+    resting: str = ""  # where it waits between answers; by itself it stays on its device
 
     def answer(self, prompts, n=1, temperature=1.0, max_new_tokens=256, bar=None):
-        return sample(self.model, self.tokenizer, prompts, n, temperature, max_new_tokens, bar=bar)
+        self.model.to(self.device)
+        room = 2**14 if self.device == "cpu" else 2**17  # what a CPU's cache, a GPU's memory hold
+        out = sample(self.model, self.tokenizer, prompts, n, temperature, max_new_tokens, room, bar)
+        self.model.to(self.resting or self.device)
+        return out
 
 
 def default_device():
@@ -356,27 +287,37 @@ def default_device():
     return "cuda" if torch.cuda.is_available() else mps
 
 
-def load(name, device="cpu"):
-    """A checkpoint by folder or hub name, in float32, with its tokenizer; else a ValueError."""
+def load(name, device="cpu", resting="", dtype=torch.float32):
+    """A checkpoint by folder or hub name, with its tokenizer; a ValueError if there is none."""
     name = "tiny/leader" if name == "tiny" else name
     built_in = Path(__file__).parent / "tiny_models" / name.removeprefix("tiny/")
     folder = built_in if name.startswith("tiny/") else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True
-        ).to(device)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        model.to(resting or device).eval()  # for good: what learns is what sampled, no dropout
     except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model {name!r} cannot be loaded: {reason}") from error
-    return Speaker(name, model.eval(), tokenizer)
+    return Speaker(name, model, tokenizer, device, resting)
+
+
+def load_team(spec, device="cpu"):
+    """The agents of `--agents`. They wait in main memory, so that a GPU holds one of them at a
+    time, in bf16: they are frozen. The same name twice is two agents, with names of their own."""
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    team = [load(name, device, "cpu", dtype) for name in team_names(spec)]
+    names = [agent.name for agent in team]
+    for i, agent in enumerate(team):
+        if twins := names[:i].count(agent.name):
+            agent.name += f" ({twins + 1})"
+    return team
 
 
 def team_names(spec):
     """`tiny` -> the three built-in agents; `none` -> nobody; names -> themselves."""
-    if spec in (["none"], []):
-        return []
-    return [f"tiny/agent{k}" for k in (1, 2, 3)] if spec == ["tiny"] else spec
+    tiny = [f"tiny/agent{k}" for k in (1, 2, 3)]
+    return tiny if spec == ["tiny"] else [] if spec == ["none"] else spec
 
 
 @dataclass
@@ -395,38 +336,30 @@ def deliberate(
     Round 0: every agent answers alone; the leader reads the question and all K responses.
     Round t: every agent gets the question, its own previous response and the leader's previous
     output, and answers again; the leader reads the question and the K new responses.
-    The last output's answer is the final one. The agents sample at `temperature`, the leader is
-    greedy. `responses`: round 0's, per question a list of K Completions, where they exist already.
+    The last output's answer is final. The agents sample at `temperature`, the leader is greedy.
+    `responses`: round 0's, per question a list of K Completions, where they exist already.
     """
     history = [[] for _ in questions]
     for t in range(rounds):
         if t > 0 or responses is None:
-            columns = []  # by agent, then by question
+            responses = [[] for _ in questions]
             for k, agent in enumerate(team):
-                prompts = [
-                    agent_messages(q, past[-1].responses[k].text, past[-1].output.text)
-                    if past
-                    else agent_messages(q)
-                    for q, past in zip(questions, history)
-                ]
+                last = [(p[-1].responses[k].text, p[-1].output.text) if p else () for p in history]
+                prompts = [agent_messages(q, *texts) for q, texts in zip(questions, last)]
                 answers = agent.answer(prompts, 1, temperature, max_new_tokens, bar)
-                columns.append([samples[0] for samples in answers])
-            responses = [[column[i] for column in columns] for i in range(len(questions))]
+                for said, samples in zip(responses, answers):
+                    said += samples
         prompts = [leader_messages(q, [r.text for r in rs]) for q, rs in zip(questions, responses)]
         outputs = leader.answer(prompts, 1, 0, max_new_tokens, bar)
-        for past, rs, samples in zip(history, responses, outputs):
-            past.append(Turn(rs, samples[0]))
+        for past, said, [output] in zip(history, responses, outputs):
+            past.append(Turn(said, output))
     return history
 
 
 def check_context(speaker, questions, quoted, max_new_tokens):
     """ValueError if a question, `quoted` texts of others and a completion may be too long."""
     room = getattr(speaker.model.config, "max_position_embeddings", None) or math.inf
-    prompts = [leader_messages(q, [""] * quoted) for q in questions]
-    need = max(len(encode(speaker.tokenizer, prompt)) for prompt in prompts)
-    need += (quoted + 1) * max_new_tokens
+    prompts = [encode(speaker.tokenizer, leader_messages(q, [""] * quoted)) for q in questions]
+    need = max(map(len, prompts)) + (quoted + 1) * max_new_tokens
     if need > room:
-        raise ValueError(
-            f"{speaker.name} reads {room} tokens, the longest question may take {need}: "
-            "lower --max_new_tokens"
-        )
+        raise ValueError(f"lower --max_new_tokens: {speaker.name} reads {room} tokens, not {need}")

@@ -1,28 +1,26 @@
-"""What did training do? Every leader alone and with its team, beside the team without a leader.
+"""What did training do? The leader alone and with its team, beside the team without a leader.
 
     python evaluate.py runs/mlpo                                # the table and the pictures
     python evaluate.py runs/mlpo --dataset my.jsonl --rounds 3  # on other questions
     python evaluate.py runs/seed5 runs/seed6 runs/seed7         # mean and spread over runs
     python evaluate.py runs/mlpo --ask "not ( True ) and ( True ) is"
 
-Read `measure` first, it is the procedure; then `score_everyone`: what is compared with what.
-Everything is paired: all runs get the same questions, and the agents' first responses are sampled
-once, for the majority vote, the ceiling and every leader.
+Read `measure` first: it is the procedure. Comparisons are paired: all runs get the same questions,
+none of them from training, and the agents' first responses are sampled once, for the vote, the
+ceiling and every leader. T rounds with K agents are (K+1)T generations: the vote gets as many.
 """
 
 import argparse
-import json
 import math
+import os
 import random
-import re
-from collections import defaultdict
-from itertools import accumulate
 from pathlib import Path
-from statistics import mean, pstdev, stdev
+from statistics import fmean, pstdev, stdev
 from textwrap import indent
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait do not spin: see train.py
+
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import agents
@@ -43,89 +41,101 @@ def main(argv=None):
     add("--eval_questions", type=int, help="how many questions; by itself the run's")
     add("--device", help="cuda, mps or cpu; by itself the run's")
     add("--ask", help="put this question to the leader, alone and with its team")
-    options = vars(parser.parse_args(argv))
-    runs, question = options.pop("runs"), options.pop("ask")
-    for name in ("rounds", "eval_questions"):
-        if options[name] is not None and options[name] < 1:
-            raise ValueError(f"--{name} must be at least 1, not {options[name]}")
-    datasets = {options["dataset"] or open_run(run)[0]["dataset"] for run in runs}
-    if question is not None:
-        ask(runs[-1], question, options["rounds"] or 1, options["device"])
-    elif len(datasets) > 1:
+    options = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    runs = options.pop("runs")
+    datasets = {open_run(run, **options)[0]["dataset"] for run in runs}
+    if "ask" in options:
+        return ask(runs, options.pop("ask"), **options)
+    if len(datasets) > 1:
         raise ValueError(f"runs on {', '.join(sorted(datasets))}: choose one with --dataset")
-    else:
-        print_table([measure(run, **options) for run in runs])
+    print_table([measure(run, **options) for run in runs])
 
 
-def evaluate_run(run, dataset=None, rounds=None, eval_questions=None, device=None):
-    """Evaluate one run, write its files and print its table. Returns what is in `results.json`."""
-    results = measure(run, dataset, rounds, eval_questions, device)
-    print_table([results])
-    return results
+def evaluate_run(run, **options):  # what train.py ends with
+    print_table([measure(run, **options)])
 
 
-def measure(run, dataset=None, rounds=None, eval_questions=None, device=None):
-    """Evaluate one run; or read what was saved of it, if no setting has changed since."""
-    run, (config, stages) = Path(run), open_run(run)
-    dataset, rounds = dataset or config["dataset"], rounds or config["rounds"]
-    tasks = test_questions(config, dataset, eval_questions or config["eval_questions"])
-    questions, names = [task["question"] for task in tasks], agents.team_names(config["agents"])
-    limits = {name: config[name] for name in ("temperature", "max_new_tokens")}
-    settings = {"leader": config["leader"], "agents": names, "rounds": rounds, **limits}
-    settings |= {"stages": list(stages), "questions": data.fingerprint(json.dumps(tasks))}
-    suffix = "-" + re.sub(r"[^\w.-]+", "-", Path(dataset).stem)[:60]
-    suffix = suffix if dataset != config["dataset"] else ""
+def measure(run, **options):
+    """What is in a run's `results.json`: measured, or read if no setting has changed since."""
+    run, (config, stages) = Path(run), open_run(run, **options)
+    dataset, rounds, tasks = config["dataset"], config["rounds"], test_questions(config)
+    settings = config | {"fingerprint": data.fingerprint(repr(tasks))}  # all that matters
+    suffix = f"-{Path(dataset).stem[:60]}" if dataset != config["trained_on"] else ""
     path = run / f"results{suffix}.json"
     if path.exists() and (saved := files.read_json(path)).get("settings") == settings:
         print(f"{path}: already evaluated, with these settings")
         return saved
 
-    device = device or config["device"]
-    leader, *team = load_all([stages["untrained"], *names], device, questions, limits)
+    questions = [task["question"] for task in tasks]
+    leader, team = load(config, config["leader"], questions)
     results = {"dataset": dataset, "questions": len(tasks), "settings": settings}
-    words = [leader.tokenizer(q, add_special_tokens=False)["input_ids"] for q in questions]
-    unknown = [i == leader.tokenizer.unk_token_id for ids in words for i in ids]
-    results["unknown_words"] = sum(unknown) / max(1, len(unknown))
-    with tqdm(desc=run.name, unit=" answers", leave=False) as bar:
-        pool, spoken = ask_team(team, questions, (len(team) + 1) * rounds, limits, bar), {}
-        first = [responses[: len(team)] for responses in pool]
+    ids = leader.tokenizer(questions, add_special_tokens=False)["input_ids"]
+    results["unknown_words"] = fmean(i == leader.tokenizer.unk_token_id for row in ids for i in row)
+    prompts = [agents.leader_messages(question) for question in questions]
+    k, name, rows = len(team), config["leader"], []
+    more = (k + 1) * rounds - k if team else 0  # what T rounds generate after the first responses
+    total = len(tasks) * (2 * k + more + len(stages) * (1 + more))  # or up to K less for each
+
+    with tqdm(desc=run.name, total=total, unit=" answers", leave=False) as bar:
+        how = {key: config[key] for key in ("temperature", "max_new_tokens")} | {"bar": bar}
+        first = ask_team(team, questions, k, SEED, how)  # round 0, for everyone
+        votes = [[*a, *b] for a, b in zip(first, ask_team(team, questions, more, SEED + 1, how))]
+        for j, agent in enumerate(team):
+            rows.append(score(tasks, [said[j : j + 1] for said in first], "agent", agent.name))
+        if team:
+            rows.append(score(tasks, first, "majority", f"majority vote of {k}"))
+            rows.append(score(tasks, votes, "majority", f"majority vote of {k + more}", prompts=k))
+            rows.append(score(tasks, first, "any_right", "any agent right"))  # a selector's best
         for stage, folder in stages.items():
             if stage != "untrained":
-                leader = None  # frees the one before
-                leader = agents.load(folder, device)
-            spoken[stage] = ask_leader(leader, team, questions, rounds, limits, first, bar)
+                leader = None  # makes room for the next
+                leader = agents.load(folder, config["device"])
+            said = leader.answer(prompts, 1, 0, config["max_new_tokens"], bar)  # alone, greedy
+            rows.append(score(tasks, said, "leader", name, stage, False, 1))
+            if team:
+                torch.manual_seed(SEED)  # the same luck for every leader
+                turns = agents.deliberate(leader, team, questions, rounds, **how, responses=first)
+                for t in sorted({1, rounds}):
+                    said = [[c for x in ts[:t] for c in (*x.responses, x.output)] for ts in turns]
+                    rows.append(score(tasks, said, "leader", name, stage, True, t))
 
-    results["rows"] = score_everyone(tasks, config["leader"], names, pool, spoken)
-    files.write_text(run / f"transcripts{suffix}.md", transcripts(results, tasks, spoken))
+    rows.sort(key=lambda row: (row["team"], row["rounds"]))  # so stages stand side by side
+    results["rows"], texts = rows, {row["label"]: row.pop("texts") for row in rows}
+    files.write_text(run / f"transcripts{suffix}.md", transcripts(results, tasks, texts))
     draw_results(results, run / f"results{suffix}.png")
     draw_curves(files.read_jsonl(run / "metrics.jsonl"), run / "curves.png")
     files.write_json(path, results)  # last: where it is, the others are
     return results
 
 
-def open_run(run):
-    """The settings of a finished run, and the stages of its leader: where each one is."""
-    path = Path(run, "config.json")
-    config = files.read_json(path) if path.is_file() else {}
-    if "sft_steps" not in config:
-        raise ValueError(f"{run} is no run: it has no config.json that train.py has written")
-    method = "mlpo" if agents.team_names(config["agents"]) else "grpo"
+def open_run(run, **options):
+    """The settings of a finished run, changed by `options`; {stage: where its leader is}."""
+    run = Path(run)
+    try:
+        config = files.read_json(run / "config.json")
+        config = {**config, "trained_on": config["dataset"], **options}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{run} is no run: it has no config.json of train.py") from None
+    if not (run / "leader").is_dir():  # what training writes last
+        raise ValueError(f"{run} is unfinished: repeat its command with --resume added")
+    for name in ("rounds", "eval_questions"):
+        if config[name] < 1:
+            raise ValueError(f"--{name} must be at least 1, not {config[name]}")
     stages = {"untrained": config["leader"]}
-    for stage, steps, name in (("sft", "sft_steps", "leader_sft"), (method, "steps", "leader")):
-        if config[steps]:
-            stages[stage] = str(Path(run, name))
-            if not Path(run, name).is_dir():
-                raise ValueError(f"{run} is unfinished ({name}/ is missing): train.py --resume")
+    if config["sft_steps"]:
+        stages["sft"] = str(run / "leader_sft")
+    if config["steps"]:
+        stages["mlpo" if agents.team_names(config["agents"]) else "grpo"] = str(run / "leader")
     return config, stages
 
 
-def test_questions(config, dataset, n):
+def test_questions(config):
     """The same questions for every run, less those that this run was trained on."""
-    # a benchmark has a test split, and so has what was trained on; any other file is all test
-    named = dataset in ("tiny", "gsm8k", *data.BENCHMARKS) or not Path(dataset).exists()
-    split = "test" if named or dataset == config["dataset"] else "all"
-    tasks = list(data.load_tasks(dataset, split, n, SEED))
-    train = data.load_tasks(config["dataset"], "train", config["questions"], config["seed"])
+    dataset, trained_on = config["dataset"], config["trained_on"]
+    # benchmarks have a test split, and so has what was trained on; a file of one's own is all test
+    own = Path(dataset).exists() and dataset not in ("tiny", "gsm8k", *data.BENCHMARKS, trained_on)
+    tasks = list(data.load_tasks(dataset, "all" if own else "test", config["eval_questions"], SEED))
+    train = data.load_tasks(trained_on, "train", config["questions"], config["seed"])
     seen = {data.fingerprint(question) for question in train["question"]}
     kept = [task for task in tasks if data.fingerprint(task["question"]) not in seen]
     if not kept:
@@ -135,250 +145,179 @@ def test_questions(config, dataset, n):
     return kept
 
 
-def load_all(names, device, questions, limits):
-    """The leader and its team. ValueError if a prompt and what it quotes may be too long."""
-    speakers = [agents.load(name, device) for name in names]
-    quoted = max(len(names) - 1, 2)  # a leader reads K responses, an agent two texts
-    for speaker in speakers:
-        agents.check_context(speaker, questions, quoted, limits["max_new_tokens"])
-    return speakers
+def load(config, leader, questions):
+    """The leader and its team. ValueError if a prompt, with what it quotes, may be too long."""
+    leader = agents.load(leader, config["device"])
+    team = agents.load_team(config["agents"], config["device"])
+    for speaker in (leader, *team):  # a leader reads K responses, an agent two texts
+        agents.check_context(speaker, questions, max(2, len(team)), config["max_new_tokens"])
+    return leader, team
 
 
-def ask_team(team, questions, total, limits, bar):
-    """Per question `total` responses, the agents in turn: the first K are those of round 0."""
-    pool, prompts = [[] for _ in questions], [agents.agent_messages(q) for q in questions]
-    # round 0 is drawn by itself: it is then the same for any number of rounds
-    for seed, n in enumerate((1, math.ceil(total / len(team)) - 1) if team else (), start=SEED):
-        torch.manual_seed(seed)
-        columns = [agent.answer(prompts, n, **limits, bar=bar) for agent in team]
-        for responses, by_agent in zip(pool, zip(*columns)):
-            responses += [response for turn in zip(*by_agent) for response in turn]
-    return [responses[:total] for responses in pool]
+def ask_team(team, questions, n, seed, how):
+    """Per question n Completions, in which the agents take turns."""
+    torch.manual_seed(seed)
+    k, prompts = len(team), [agents.agent_messages(question) for question in questions]
+    said = [agent.answer(prompts, math.ceil(n / k), **how) for agent in team]  # (K, questions, n/K)
+    return [[said[i % k][q][i // k] for i in range(n)] for q in range(len(questions))]
 
 
-def ask_leader(leader, team, questions, rounds, limits, first=None, bar=None):
-    """Per question the leader's output alone (greedy), and its `Turn`s with the team."""
-    prompts, turns = [agents.leader_messages(q) for q in questions], [[]] * len(questions)
-    alone = [a[0] for a in leader.answer(prompts, 1, 0, limits["max_new_tokens"], bar)]
-    if team:
-        torch.manual_seed(SEED)  # the same luck for every leader
-        turns = agents.deliberate(
-            leader, team, questions, rounds, **limits, responses=first, bar=bar
-        )
-    return list(zip(alone, turns))
-
-
-def ask(run, question, rounds, device=None):
-    """The reader's own question: who says what."""
-    config, stages = open_run(run)
-    if not question.strip():
-        raise ValueError("--ask needs a question")
-    names = [list(stages.values())[-1], *agents.team_names(config["agents"])]
-    limits = {name: config[name] for name in ("temperature", "max_new_tokens")}
-    leader, *team = load_all(names, device or config["device"], [question], limits)
-    [(alone, turns)] = ask_leader(leader, team, [question], rounds, limits)
+def ask(runs, question, rounds=1, **options):
+    """The reader's own question: who says what. Loads the last leader and its team, no more."""
+    if len(runs) > 1 or not question.strip():
+        raise ValueError("--ask needs a question, and one RUN to answer it")
+    config, stages = open_run(runs[0], **options)
+    leader, team = load(config, list(stages.values())[-1], [question])
+    how = {key: config[key] for key in ("temperature", "max_new_tokens")}
+    [[alone]] = leader.answer([agents.leader_messages(question)], **how | {"temperature": 0})
     print(f"[the leader alone]\n{alone.text}")
+    torch.manual_seed(SEED)
+    [turns] = agents.deliberate(leader, team, [question], rounds, **how) if team else [[]]
+    names = [*(agent.name for agent in team), "the leader"]
     for t, turn in enumerate(turns, start=1):
-        for name, said in zip([*names[1:], "the leader"], [*turn.responses, turn.output]):
+        for name, said in zip(names, [*turn.responses, turn.output]):
             print(f"\n[{name}, round {t}]\n{said.text}")
 
 
-def score_everyone(tasks, leader, names, pool, spoken):
-    """The rows of the table: how often each was right, for how many generations and tokens.
-
-    pool: per question the agents' responses, in turn. spoken: per stage of the leader and per
-    question, its output alone and its turns with the team.
-    """
-    rows, k = [], len(names)
-
-    def marks(answers):
-        return [is_correct(answer, task["answer"]) for answer, task in zip(answers, tasks)]
-
-    def add(correct, said, who, name, stage=None, team=False, rounds=0):
-        """correct, said: per question, whether it was right and the completions that it took."""
-        prompts = [cs[:k] if who == "majority" else cs for cs in said]  # an agent's is read once
-        by_task = defaultdict(list)
-        for task, ok in zip(tasks, correct):
-            by_task[task["task"]].append(ok)
-        row = {"who": who, "name": name, "stage": stage, "team": team, "rounds": rounds}
-        row["generations"] = len(said[0])
-        row["accuracy"] = sum(correct) / len(correct)
-        row["ci"] = wilson(sum(correct), len(correct))
-        row["prompt_tokens"] = round(mean(sum(len(c.prompt_ids) for c in cs) for cs in prompts), 2)
-        row["generated_tokens"] = round(mean(sum(len(c.ids) for c in cs) for cs in said), 2)
-        row["per_task"] = {task: sum(oks) / len(oks) for task, oks in sorted(by_task.items())}
-        row["correct"] = "".join("01"[ok] for ok in correct)  # for paired comparisons
-        rows.append(row)
-
-    answers = [[extract_agent_answer(response.text) for response in rs] for rs in pool]
-    hits = [marks(row[j] for row in answers) for j in range(k)]
-    for j, name in enumerate(names):
-        add(hits[j], [[rs[j]] for rs in pool], "agent", name)
-    for n in (k, len(pool[0])) if k else ():
-        elected = [vote(row[:n], random.Random(f"{SEED} {i}")) for i, row in enumerate(answers)]
-        add(marks(elected), [rs[:n] for rs in pool], "majority", "majority vote")
-    if k:
-        add(list(map(any, zip(*hits))), [rs[:k] for rs in pool], "any_right", "any agent right")
-    rounds = len(spoken["untrained"][0][1])
-    for t in sorted({0, 1, rounds}) if k else [0]:  # 0: the leader alone
-        for stage, outputs in spoken.items():
-            said = [[alone] for alone, _ in outputs]
-            if t:
-                played = [turns[:t] for _, turns in outputs]
-                said = [[c for x in turns for c in (*x.responses, x.output)] for turns in played]
-            correct = marks(extract_answer(cs[-1].text) for cs in said)
-            add(correct, said, "leader", leader, stage, t > 0, max(t, 1))
-    return rows
+def score(tasks, said, who, name, stage=None, team=False, rounds=0, prompts=None):
+    """A row of the results: shares from 0 to 1 with 95% intervals, tokens per question.
+    said: per question its Completions, of which the first `prompts` (or all) read a prompt."""
+    correct, by_task = [is_right(who, task, cs) for task, cs in zip(tasks, said)], {}
+    for task, ok in sorted(zip((task["task"] for task in tasks), correct)):
+        by_task.setdefault(task, []).append(ok)
+    row = {"who": who, "name": name, "stage": stage, "team": team, "rounds": rounds}
+    row["label"] = f"{stage} leader, {f'team, T={rounds}' if team else 'alone'}" if stage else name
+    row |= {"generations": len(said[0]), "accuracy": fmean(correct), "ci": wilson(correct)}
+    row["prompt_tokens"] = fmean(sum(len(c.prompt_ids) for c in cs[:prompts]) for cs in said)
+    row["generated_tokens"] = fmean(sum(len(c.ids) for c in cs) for cs in said)
+    row["per_task"] = {task: fmean(oks) for task, oks in by_task.items()}
+    row["per_task_ci"] = {task: wilson(oks) for task, oks in by_task.items()}
+    row["correct"] = "".join("01"[ok] for ok in correct)  # for paired comparisons
+    return row | {"texts": [cs[-1].text for cs in said]}
 
 
-def vote(answers, rng):
-    """The answer with the most votes, among equals at random; None if there is no answer.
-
-    Answers that `is_correct` takes for each other, as `(B)` and `b.`, do not split a majority.
-    """
-    groups = []
-    for answer in (a for a in answers if a is not None):
-        same = next((group for group in groups if is_correct(answer, group[0])), None)
-        same.append(answer) if same else groups.append([answer])
-    most = max(map(len, groups), default=0)
-    return rng.choice([g[0] for g in groups if len(g) == most]) if groups else None
+def is_right(who, task, said):
+    """By any agent's answer; by the majority's; by the leader's last, which is held to its tags."""
+    answers = [extract_agent_answer(completion.text) for completion in said]
+    if who == "majority":
+        answers = [vote(answers, task["question"])]
+    if who == "leader":
+        answers = [extract_answer(said[-1].text)]
+    return any(is_correct(answer, task["answer"]) for answer in answers)
 
 
-def wilson(hits, n, z=1.959964):
+def vote(answers, seed):
+    """One of the most frequent answers; `(B)` and `b.` are votes for the same, None is no vote."""
+    votes = [sum(is_correct(other, answer) for other in answers) for answer in answers]
+    most = [answer for answer, n in zip(answers, votes) if n == max(votes)]
+    return random.Random(f"{SEED} {seed}").choice(most)
+
+
+def wilson(correct, z=1.959964):
     """95% interval of a share, after Wilson: right for few questions and near 0 and 1 as well."""
-    p, w = hits / n, z * z / n
-    half = z * math.sqrt(p * (1 - p) / n + w / n / 4)
-    return [round((p + w / 2 + sign * half) / (1 + w), 4) + 0.0 for sign in (-1, 1)]
-
-
-def label(row):
-    if row["who"] == "leader":
-        return f"{row['stage']} leader, " + (f"team, T={row['rounds']}" if row["team"] else "alone")
-    votes = f" of {row['generations']}" if row["who"] == "majority" else ""
-    return row["name"].split("/")[-1] + votes
-
-
-def print_table(runs):
-    """A line per row: of one run with its 95% interval, of several the mean and its spread."""
-    same, several = defaultdict(list), len(runs) > 1  # what a row is about -> that row of each run
-    for results in runs:
-        for i, row in enumerate(results["rows"]):
-            keys = ("who", "name", "stage", "team", "rounds", "generations")
-            same[*(row[key] for key in keys), several or i].append(row)
-    tasks = sorted({task for results in runs for task in results["rows"][0]["per_task"]})
-    short = [task.split("_")[0] for task in tasks]
-    short = [s if short.count(s) == 1 else task for s, task in zip(short, tasks)]
-    spread = "± sd" if several else "95% interval"
-    table = [["", "right %", spread, "calls", "prompt", "output", *short]]
-    for rows in same.values():
-        shares, (low, high) = [100 * row["accuracy"] for row in rows], rows[0]["ci"]
-        sd = f"±{stdev(shares):.1f}" if len(shares) > 1 else ""
-        line = [label(rows[0]), f"{mean(shares):.1f}"]
-        line.append(sd if several else f"{100 * low:.1f}-{100 * high:.1f}")
-        for key in ("generations", "prompt_tokens", "generated_tokens"):
-            line.append(f"{mean(row[key] for row in rows):.0f}")
-        for task in tasks:
-            shares = [100 * row["per_task"][task] for row in rows if task in row["per_task"]]
-            line.append(f"{mean(shares):.0f}" if shares else "")
-        table.append(line)
-
-    about, unknown = f"{runs[0]['questions']} questions", runs[0]["unknown_words"]
-    print(f"\n{Path(runs[0]['dataset']).name}: {about}, {unknown:.1%} of the words unknown.")
-    print("Calls and tokens (prompt, output): per question, of all models together.\n")
-    widths = [2 + max(map(len, column)) for column in zip(*table)]
-    fit = sum(end <= 118 for end in accumulate(widths))
-    for name, *cells in table:
-        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:fit])]
-        print(name.ljust(widths[0]) + "".join(cells))
-    print("(more tasks: per_task in results.json)\n" if fit < len(widths) else "")
-    compared = [comparisons(results) for results in runs]
-    for what in dict.fromkeys(what for found in compared for what in found):
-        values, halves = zip(*(found[what] for found in compared if what in found))
-        around = stdev(values) if len(values) > 1 else halves[0]
-        print(f"{mean(values):+6.1f}", f"±{around:4.1f}" if around else "     ", what)
+    p, n = fmean(correct), len(correct)
+    middle, half = p + z**2 / n / 2, z * math.sqrt(p * (1 - p) / n + z**2 / n**2 / 4)
+    return [round(max(0.0, end / (1 + z**2 / n)), 4) for end in (middle - half, middle + half)]
 
 
 def comparisons(results):
-    """{what: (difference in points, half of its paired 95% interval)}, for the last stage."""
-
-    def best(**wanted):
-        found = (row for row in results["rows"] if wanted.items() <= row.items())
-        return max(found, key=lambda row: row["accuracy"], default=None)
-
-    last, k = results["settings"]["stages"][-1], len(results["settings"]["agents"])
-    alone, after = (best(stage=last, team=team, rounds=1) for team in (False, True))
-    before = [best(stage="untrained", team=team, rounds=1) for team in (False, True)]
-    majority, ceiling = best(who="majority", generations=k), best(who="any_right")
-    found, leader = {}, f"{last} leader with its team (T=1)"
-    pairs = {f"{leader} - untrained leader with it": (after, before[1])}
-    pairs[f"{leader} - majority of {k}"] = after, majority
-    pairs[f"{leader} - best single agent"] = after, best(who="agent")
-    pairs[f"{last} leader alone - untrained leader alone"] = alone, before[0]
-    for what, (a, b) in pairs.items():
-        if a is not b:  # both None without a team, the same row without training
-            gain = [int(x) - int(y) for x, y in zip(a["correct"], b["correct"])]
-            found[what] = 100 * mean(gain), 196 * pstdev(gain) / math.sqrt(len(gain))
-    if k and (gap := ceiling["accuracy"] - majority["accuracy"]) > 0:
-        closed = 100 * (after["accuracy"] - majority["accuracy"]) / gap
-        found["% of the way from the majority to any agent right"] = closed, 0
+    """{what: (gain in points, half of its 95% interval)}, paired: of differences by question."""
+    rows, found = {row["label"]: row for row in results["rows"]}, {}
+    team, stage = [r for r in results["rows"] if r["who"] == "agent"], results["rows"][-1]["stage"]
+    rows["best single agent"] = max(team, key=lambda row: row["accuracy"], default=None)
+    ours, majority = f"{stage} leader, team, T=1", f"majority vote of {len(team)}"
+    pairs = [(ours, x) for x in ("untrained leader, team, T=1", majority, "best single agent")]
+    for a, b in [*pairs, (f"{stage} leader, alone", "untrained leader, alone")]:
+        if a in rows and a != b:  # some have no team, and some no training
+            gains = [int(x) - int(y) for x, y in zip(rows[a]["correct"], rows[b]["correct"])]
+            found[f"{a} - {b}"] = 100 * fmean(gains), 196 * pstdev(gains) / math.sqrt(len(gains))
+    if team and (gap := rows["any agent right"]["accuracy"] - rows[majority]["accuracy"]):
+        closed = tuple(points / gap for points in found[f"{ours} - {majority}"])
+        found["% of the way from the majority to any agent right"] = closed
     return found
 
 
-def transcripts(results, tasks, spoken):
+def print_table(runs):
+    """A line per row: right answers with their 95% interval, of several runs mean and spread."""
+    first, same = runs[0], {}  # what a line is about -> its row in each run
+    for row in (row for results in runs for row in results["rows"]):
+        same.setdefault((row["label"], row["name"]), []).append(row)
+    tasks = list(first["rows"][0]["per_task"])[:5]  # what fits; results.json has all
+    print(f"\n{Path(first['dataset']).name}: {first['questions']} questions,", end=" ")
+    print(f"{first['unknown_words']:.1%} of the words unknown (all tasks: results.json)\n")
+    line = "{:28.27}{:>8}{:>14}" + "{:>7}" * 3 + "{:>9}" * len(tasks)
+    heads = ["calls", "prompt", "output", *(task.split("_")[0][:8] for task in tasks)]
+    print(line.format("calls, tokens: per question", "right %", "95% or ± sd", *heads))
+    for (label, _), rows in same.items():
+        right, (low, high) = [100 * row["accuracy"] for row in rows], rows[0]["ci"]
+        spread = f"±{stdev(right):.1f}" if rows[1:] else f"{100 * low:.1f}-{100 * high:.1f}"
+        costs = [[r["generations"], r["prompt_tokens"], r["generated_tokens"]] for r in rows]
+        shares = [[100 * row["per_task"].get(task, math.nan) for task in tasks] for row in rows]
+        cells = [f"{fmean(column):.0f}" for column in (*zip(*costs), *zip(*shares))]
+        print(line.format(label[-27:], f"{fmean(right):.1f}", spread, *cells))
+    print("\nGains in points, with 95% intervals (of several runs: mean ± sd):")
+    compared = [comparisons(results) for results in runs]
+    for what in dict.fromkeys(what for found in compared for what in found):
+        values, halves = zip(*(found[what] for found in compared if what in found))
+        print(f"{fmean(values):+6.1f} ±{stdev(values) if values[1:] else halves[0]:4.1f}  {what}")
+
+
+def transcripts(results, tasks, texts):
     """A dozen questions, first those on which training changed whether the leader is right."""
-    names, stages = results["settings"]["agents"], results["settings"]["stages"]
-    correct = {r["stage"]: r["correct"] for r in results["rows"] if r["rounds"] == 1}  # as a team
-    before, after = correct["untrained"], correct[stages[-1]]
-    code = lambda text: indent(text, "    ") + "\n"  # a block of code, whatever is in it
-    text = [f"# Who said what: {results['dataset']}\n"]
+    rows, last = results["rows"], results["rows"][-1]["stage"]
+    leaders = [row for row in rows if row["stage"] in ("untrained", last) and row["rounds"] == 1]
+    before, after = leaders[-2:][0]["correct"], leaders[-1]["correct"]
+    block = lambda text: indent(text, "    ") + "\n"  # shown as it is, whatever is in it
+    page = [f"# Who said what: {results['dataset']}\n"]
     for i in sorted(range(len(tasks)), key=lambda i: before[i] == after[i])[:12]:
-        text.append(f"## {tasks[i]['task']}\n\n{code(tasks[i]['question'])}")
-        text.append(f"Right answer:\n\n{code(tasks[i]['answer'])}")
-        said = []  # who, the completion, how its answer is read
-        for j, name in enumerate(names):
-            response = spoken["untrained"][i][1][0].responses[j]
-            said.append((f"Agent {name}", response, extract_agent_answer))
-        for stage in dict.fromkeys(["untrained", stages[-1]]):
-            alone, turns = spoken[stage][i]
-            said.append((f"{stage} leader alone", alone, extract_answer))
-            for t, turn in enumerate(turns, start=1):
-                said.append((f"{stage} leader, team, T={t}", turn.output, extract_answer))
-        for who, completion, extract in said:
-            ok = is_correct(extract(completion.text), tasks[i]["answer"])
-            text.append(f"**{who}: {'right' if ok else 'WRONG'}**\n\n{code(completion.text)}")
-    return "\n".join(text)
+        page.append(f"## {tasks[i]['task']}\n\n{block(tasks[i]['question'])}")
+        page.append(f"Right answer:\n\n{block(tasks[i]['answer'])}")
+        for row in [row for row in rows if row["who"] == "agent"] + leaders:
+            mark = "right" if row["correct"][i] == "1" else "WRONG"
+            page.append(f"**{row['label']}: {mark}**\n\n{block(texts[row['label']][i])}")
+    return "\n".join(page)
 
 
 def draw_results(results, path):
-    """A bar per row, with its 95% interval: grey without a leader, blue alone, orange as a team."""
-    rows, figure = results["rows"], Figure(figsize=(8, 7), layout="constrained")
-    axis, shares = figure.subplots(), [100 * row["accuracy"] for row in rows]
-    colors = ["orange" if r["team"] else "skyblue" if r["stage"] else "silver" for r in rows]
-    around = [[abs(100 * r["ci"][end] - x) for r, x in zip(rows, shares)] for end in (0, 1)]
-    axis.bar_label(axis.barh(range(len(rows)), shares, xerr=around, color=colors), fmt="%.0f")
-    axis.set_yticks(range(len(rows)), map(label, rows))
+    """A bar per row with its 95% interval; a dashed line where any agent was right."""
+    from matplotlib.figure import Figure  # here: only those who draw need it
+
+    axis, rows = Figure(figsize=(8, 6), layout="constrained").subplots(), results["rows"]
+    places = [i + row["team"] + (row["rounds"] > 1) for i, row in enumerate(rows)]  # with gaps
+    for y, row in zip(places, rows):
+        share, (low, high) = 100 * row["accuracy"], (100 * end for end in row["ci"])
+        if row["who"] == "any_right":
+            axis.axvline(share, color="black", linestyle="--")
+            axis.text(share - 1, y, f"ceiling: {share:.0f}", ha="right", va="center")
+            continue
+        color = "tab:orange" if row["team"] else "tab:blue" if row["stage"] else "tab:gray"
+        axis.barh(y, share, color=color, alpha=0.6)
+        axis.plot((low, high), (y, y), color="black", linewidth=1)
+        axis.text(high + 1, y, f"{share:.0f}", va="center")
+    axis.set_yticks(places, [row["label"] for row in rows])
     axis.invert_yaxis()
-    about = f"{results['questions']} questions of {Path(results['dataset']).name}"
-    axis.set(xlim=(0, 105), xlabel="right answers in %, with 95% intervals", title=about)
-    files.write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    title = f"Right answers to {results['questions']} questions of {Path(results['dataset']).name}"
+    axis.set(xlim=(0, 105), title=title, xlabel="%, with 95% intervals")
+    files.write(path, lambda temporary: axis.figure.savefig(temporary, format="png", dpi=150))
 
 
 def draw_curves(metrics, path):
     """The reward of the sampled completions; the accuracy on questions never trained on."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    rewards, accuracy = figure.subplots(1, 2)
-    raw = [row["reward"] for row in metrics if row["phase"] == "mlpo"]
-    rewards.plot(raw, color="skyblue")
-    rewards.plot([mean(raw[max(0, i - 5) : i + 6]) for i in range(len(raw))])  # smoother
-    for mode, color in (("alone", "skyblue"), ("team", "orange")):
-        looks = [row for row in metrics if row["phase"] == "validation"]
-        looks = [row for row in looks if row.get(mode) is not None]
-        shares = [100 * row[mode] for row in looks]
-        accuracy.plot([row["step"] for row in looks], shares, "o-", color=color, label=mode)
-    accuracy.legend(loc="lower right")
-    rewards.set(title="Reward of the leader's samples", xlabel="MLPO step", ylim=(0, None))
-    accuracy.set(title="Right answers in validation, %", xlabel="MLPO step", ylim=(0, None))
-    files.write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    from matplotlib.figure import Figure
+
+    left, right = Figure(figsize=(10, 4), layout="constrained").subplots(1, 2)
+    rewards = [row["reward"] for row in metrics if row["phase"] == "mlpo"]
+    smooth = [fmean(rewards[max(0, i - 5) : i + 6]) for i in range(len(rewards))]
+    left.plot(rewards, color="silver", label="each step")
+    left.plot(smooth, color="black", label="mean of 11 steps")
+    for mode, color in (("alone", "tab:blue"), ("team", "tab:orange")):
+        looks = [row for row in metrics if mode in row]
+        shares, label = [100 * row[mode] for row in looks], f"leader, {mode}" if looks else None
+        right.plot([row["step"] for row in looks], shares, "o-", color=color, label=label)
+    for axis, title in ((left, "Mean reward of samples"), (right, "Validation questions right, %")):
+        axis.set(title=title, xlabel="training step", ylim=(0, None))
+        axis.legend(loc="lower right")
+    files.write(path, lambda temporary: axis.figure.savefig(temporary, format="png", dpi=150))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
 import fcntl
 import json
-import math
 import os
 import shutil
+import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 
@@ -20,15 +22,14 @@ def fail(message):
 
 def write(path, save):
     """Let `save(temporary path)` write, then move it into place: readers see all of it or none."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    if temporary.is_dir():
-        shutil.rmtree(temporary)  # left by a run that was killed
+    if rank():
+        return
+    temporary = Path(f"{path}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # a folder left by a run that was killed
     save(temporary)
-    for file in [temporary, *temporary.glob("*")]:
-        handle = os.open(file, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+    for file in temporary.glob("*") if temporary.is_dir() else [temporary]:
+        with open(file) as handle:
+            os.fsync(handle)
     os.replace(temporary, path)
 
 
@@ -37,7 +38,7 @@ def write_text(path, text):
 
 
 def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path):
@@ -46,72 +47,36 @@ def read_json(path):
 
 def append_jsonl(path, rows):
     """Add rows at the end; they are on disk when this returns."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
+    with open(path, "ab", buffering=0) as file:  # one write: processes do not mix their lines
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        os.fsync(file)
 
 
 def read_jsonl(path):
     """All rows. A last line that was being written when the run was killed is dropped, aloud."""
-    rows = []
-    if not Path(path).exists():
-        return rows
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
-            print(f"{path}: dropped line {number}, which was only half written")
-            write_text(path, "\n".join(lines[:-1]) + "\n")
-    return rows
-
-
-def keep_jsonl(path, wanted):
-    """Rewrite a JSONL file with only the rows that are wanted."""
-    rows = [row for row in read_jsonl(path) if wanted(row)]
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def lock(folder):
-    """Keep other runs out of this folder until this process ends, however it ends."""
-    global _locked  # the file must stay open
-    _locked = open(Path(folder) / "lock", "w")
+    *lines, rest = Path(path).read_bytes().split(b"\n") if Path(path).exists() else [b""]
+    if rest:
+        print(f"{path}: dropped the last line, which was only half written")
+        write(path, lambda temporary: temporary.write_bytes(b"\n".join([*lines, b""])))
     try:
-        fcntl.flock(_locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise ValueError(f"another process is at work in {folder}: wait for it") from error
-
-
-def save_checkpoint(path, state):
-    """Model, optimizer and position; the checkpoint before stays beside it as `*.previous`."""
-    path = Path(path)
-    if path.exists():
-        os.replace(path, path.with_suffix(".previous"))
-    write(path, lambda temporary: torch.save(state, temporary))
-
-
-def load_checkpoint(path):
-    """The newest checkpoint that can be read, or None. Nothing is unpickled but tensors."""
-    for candidate in (Path(path), Path(path).with_suffix(".previous")):
-        try:
-            if candidate.exists():
-                return torch.load(candidate, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises a dozen kinds for a damaged file
-            print(f"{candidate} is damaged ({type(error).__name__}): trying the one before")
-    return None
+        return [json.loads(line) for line in lines if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error.doc[:60]}") from error
 
 
 def save_leader(folder, leader):
     """An ordinary checkpoint folder, float32, with its tokenizer."""
+    write(folder, lambda to: [x.save_pretrained(to) for x in (leader.model, leader.tokenizer)])
 
-    def save(temporary):
-        leader.model.save_pretrained(temporary)
-        leader.tokenizer.save_pretrained(temporary)
 
-    write(folder, save)
+def save_checkpoint(path, state):
+    write(path, lambda temporary: torch.save(state, temporary))
+
+
+def load_checkpoint(path):
+    """What was saved there, or None. Nothing is unpickled but tensors."""
+    if Path(path).exists():
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def open_run(folder, config, resume):
@@ -121,10 +86,8 @@ def open_run(folder, config, resume):
         old, free = read_json(run / "config.json"), ("out", "resume", "device", "save_steps")
         for name, value in config.items():
             if name not in free and old.get(name) != value:
-                raise ValueError(
-                    f"--out {run} holds another run, whose {name} is {old.get(name)!r}, not "
-                    f"{value!r}: name another folder"
-                )
+                problem = f"holds another run, whose {name} is {old.get(name)!r}, not {value!r}"
+                raise ValueError(f"--out {run} {problem}: name another folder")
         if not resume and not (run / "results.json").exists():
             raise ValueError(f"--out {run} holds an unfinished run: add --resume to go on with it")
     elif run.exists() and (not run.is_dir() or any(p.name != "lock" for p in run.iterdir())):
@@ -132,7 +95,14 @@ def open_run(folder, config, resume):
     elif resume:
         raise ValueError(f"--resume: there is no run in {run}")
     run.mkdir(parents=True, exist_ok=True)
-    lock(run)
+    global _lock  # open, and so locked, until this process ends, however it ends
+    _lock = open(run / "lock", "w")
+    try:
+        if rank() == 0:
+            fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ValueError(f"another process is at work in {run}: wait for it") from error
+    wait_for_all()
     return run
 
 
@@ -143,48 +113,88 @@ class Trainer:
         self.args, self.run, self.model, self.phase, self.total = args, run, model, phase, total
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
         self.peak, self.step, self.bad = lr, 0, 0
-        state = load_checkpoint(run / "checkpoint.pt")
-        if state and state["phase"] == phase:
+        if (state := load_checkpoint(run / "checkpoint.pt")) and state["phase"] == phase:
             self.step = state["step"]
             model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
         # what was logged after that checkpoint is going to happen again
-        keep_jsonl(run / "metrics.jsonl", lambda r: r["during"] != phase or r["step"] < self.step)
+        rows = read_jsonl(run / "metrics.jsonl")
+        rows = [row for row in rows if row["during"] != phase or row["step"] < self.step]
+        write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def steps(self):
-        """The numbers of the steps still to do; a checkpoint every `save_steps` of them."""
+        """The numbers of the steps still to do; a checkpoint every `save_steps` of them, and when
+        Ctrl-C is pressed: the step is finished, saved, and the run ends."""
+        pressed = []
+        usual = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
         for step in tqdm(range(self.step, self.total), self.phase, self.total, initial=self.step):
             self.step = step
             yield step
-            if (step + 1) % self.args.save_steps == 0:
-                model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
-                state = dict(phase=self.phase, step=step + 1, model=model, optimizer=optimizer)
+            if pressed or (step + 1) % self.args.save_steps == 0:
+                state = {"phase": self.phase, "step": step + 1, "model": self.model.state_dict()}
+                state |= {"optimizer": self.optimizer.state_dict()}
                 save_checkpoint(self.run / "checkpoint.pt", state)
+            if pressed:
+                raise KeyboardInterrupt
+        signal.signal(signal.SIGINT, usual)
         self.step = self.total
 
     def update(self):
-        """One AdamW step on the gradient added up so far: warm-up, clipping at norm 1."""
-        rate = self.peak * min(1, (self.step + 1) / (self.args.warmup + 1))
+        """One AdamW step on the gradient added up so far, clipped at norm 1."""
+        add_up_gradients(self.model)
+        warm, left = (self.step + 1) / (self.args.warmup + 1), 1 - self.step / self.total
+        rate = self.peak * min(1, warm, 2 * left)  # it rises, and falls to 0 in the second half
         self.optimizer.param_groups[0]["lr"] = rate
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
-        self.bad = 0 if math.isfinite(norm) else self.bad + 1
-        if self.bad:
-            tqdm.write(f"{self.phase} step {self.step}: the gradient is {norm}; step skipped")
-        else:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.bad = 0 if norm.isfinite() else self.bad + 1  # this many steps were skipped
         if self.bad == 5:
             raise ValueError("5 steps in a row without a finite gradient: lower the learning rate")
-        return {"grad_norm": norm, "lr": rate}
+        if self.bad == 0:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {"grad_norm": norm.item(), "lr": rate}
 
-    def log(self, phase=None, every=5, **values):
-        """A row of metrics.jsonl; every few steps also a line on the screen."""
+    def log(self, phase=None, **values):
+        """A row of metrics.jsonl, to 4 digits, and every few steps a line on the screen."""
         row = {"phase": phase or self.phase, "step": self.step}
-        row |= {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
-        append_jsonl(self.run / "metrics.jsonl", [{**row, "during": self.phase}])
-        if self.step % every == 0:
-            tqdm.write(
-                "  ".join(
-                    f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
-                )
-            )
+        row |= {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in values.items()}
+        if rank() == 0:
+            append_jsonl(self.run / "metrics.jsonl", [{**row, "during": self.phase}])
+            if phase or self.step % 5 == 0:
+                tqdm.write("  ".join(f"{name} {value}" for name, value in row.items()))
+
+
+# --------------------------------------------------------------------------- several processes
+# Under torchrun every process has a share of each step's questions; rank 0 alone writes.
+rank = lambda: dist.get_rank() if dist.is_initialized() else 0
+world_size = lambda: dist.get_world_size() if dist.is_initialized() else 1
+share = lambda items: items[rank() :: world_size()]
+wait_for_all = lambda: gather([])
+
+
+def start_processes(args):
+    """A process per GPU (nccl), or several on the CPU (gloo)."""
+    if "RANK" not in os.environ:
+        return
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)  # where `gather` sends what it gathers
+    dist.init_process_group("nccl" if "cuda" in args.device else "gloo", timeout=timedelta(days=1))
+    if min(args.questions_per_step, args.sft_batch) < world_size():
+        raise ValueError("--questions_per_step and --sft_batch: at least one for every process")
+
+
+def gather(items):
+    """The items of all processes, as a list in each of them."""
+    shares = [items] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(shares, items)
+    return sum(shares, [])
+
+
+def add_up_gradients(model):
+    """One sum for the whole step: a process may have had any number of micro-batches, even 0."""
+    if dist.is_initialized():
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)

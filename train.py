@@ -2,9 +2,10 @@
 
     python train.py                                 # the built-in laboratory, on a laptop
     python train.py --agents none --out runs/grpo   # plain GRPO on the leader alone
+    torchrun --standalone --nproc_per_node=2 train.py   # several GPUs, or processes
 
 Read `main` first: it is the method. Then, in this file: the proposals, SFT, the MLPO step, and
-the three functions that are GRPO (`group_advantages`, `completion_logprobs`, `grpo_loss`).
+the functions that are GRPO (`group_advantages`, `completion_logprobs`, `grpo_loss`).
 
 Where this is not textbook GRPO:
 - Dr. GRPO: advantages are not divided by the group's standard deviation, and the loss is divided
@@ -16,17 +17,19 @@ Where this is not textbook GRPO:
 """
 
 import copy
-import hashlib
+import json
 import math
 import random
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import HfArgumentParser
+from transformers import DynamicCache
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
 import agents
 import evaluate
@@ -37,9 +40,7 @@ from rewards import extract_agent_answer, extract_answer, is_correct, reward, sc
 
 def option(default, text):
     """One field of `Arguments`: its default, and what --help says of it."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+    return HfArg(default_factory=lambda: default, help=text)
 
 
 @dataclass
@@ -56,24 +57,25 @@ class Arguments:
     questions: int = option(1000, "training questions that the team answers beforehand")
     samples: int = option(4, "responses per agent and training question")
     proposals: str = option("", "another run's proposals.jsonl, used in place of new ones")
-    easy_threshold: float = option(0.75, "drop questions with this share of right responses")
+    easy_threshold: float = option(0.75, "a question is easy with this share of right responses")
+    easy_share: float = option(0.5, "share of the easy questions kept for MLPO (the paper: 0)")
     # SFT
-    sft_steps: int = option(150, "supervised steps before MLPO; 0 skips them")
+    sft_steps: int = option(120, "supervised steps before MLPO; 0 skips them")
     sft_lr: float = option(5e-4, "learning rate of SFT")
     sft_batch: int = option(32, "examples per SFT step")
-    backtrack: float = option(0.3, "share of SFT examples that turn back from a wrong response")
+    backtrack: float = option(0.3, "share of SFT examples that turn back from an error")
     # MLPO
     steps: int = option(150, "MLPO steps; 0 skips them")
     questions_per_step: int = option(16, "questions per step")
     group_size: int = option(8, "G, completions per question")
     updates: int = option(1, "gradient steps on each step's completions")
-    lr: float = option(1e-4, "learning rate of MLPO; about 1e-6 for models of 0.5B and more")
+    lr: float = option(1e-4, "learning rate of MLPO; about 1e-6 for models of 0.5B up")
     warmup: int = option(10, "steps of linear warm-up")
-    team_dropout: float = option(0.33, "share of questions that are asked without the team")
+    team_dropout: float = option(0.33, "share of questions asked without the team")
     clip: float = option(0.2, "epsilon of the clipped probability ratio")
     kl_coef: float = option(0.0, "weight of the KL to the leader as it was before MLPO")
     scale_rewards: bool = option(False, "divide advantages by the group's standard deviation")
-    tokens_per_batch: int = option(16384, "tokens in one forward pass: lower it if memory ends")
+    tokens_per_batch: int = option(8192, "tokens in one forward pass: lower it if memory ends")
     save_steps: int = option(50, "steps between checkpoints")
     resume: bool = option(False, "go on with the unfinished run in --out")
     # evaluation
@@ -83,22 +85,22 @@ class Arguments:
     rounds: int = option(5, "T, rounds of leader and team in the final evaluation")
 
 
+# bounds of these numbers; by itself a whole number is at least 1, and any other not negative
+LEAST = {"seed": 0, "sft_steps": 0, "steps": 0, "warmup": 0, "group_size": 2}
+LEAST |= {"temperature": 1e-3, "lr": 1e-12, "sft_lr": 1e-12}
+MOST = {"team_dropout": 1, "backtrack": 1, "easy_share": 1}
+
+
 def parse(argv=None):
     """The command line as `Arguments`; a ValueError of one line if something is off."""
     parser = HfArgumentParser(Arguments, allow_abbrev=False, description=__doc__.split("\n")[0])
     parser.error = files.fail
     args = Arguments(**vars(parser.parse_args(argv)))
-    least = dict.fromkeys(("steps", "sft_steps", "warmup", "kl_coef", "clip", "seed"), 0)
-    least |= {"team_dropout": 0, "backtrack": 0, "easy_threshold": 0, "group_size": 2}
     for name, value in asdict(args).items():
-        if type(value) not in (int, float):
-            continue
-        low = least.get(name, 1 if isinstance(value, int) else 0)
-        high = 1 if name in ("team_dropout", "backtrack") else math.inf
-        if not low <= value <= high or value == math.inf:
-            raise ValueError(f"--{name} must be from {low} to {high}, not {value}")
-        if name in ("lr", "sft_lr", "temperature") and not value > 0:
-            raise ValueError(f"--{name} must be above 0, not {value}")
+        if type(value) in (int, float):
+            least, most = LEAST.get(name, int(type(value) is int)), MOST.get(name, math.inf)
+            if not (least <= value <= most and value < math.inf):
+                raise ValueError(f"--{name} must be from {least} to {most}, not {value}")
     if args.proposals and not Path(args.proposals).is_file():
         raise ValueError(f"--proposals {args.proposals}: no such file; name a proposals.jsonl")
     args.device = args.device or agents.default_device()
@@ -109,35 +111,41 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
+    files.start_processes(args)
     run = files.open_run(args.out, asdict(args), args.resume)
-    if (run / "results.json").exists():  # the same run, finished: its table once more
-        return evaluate.evaluate_run(run)
-    leader = agents.load(args.leader, args.device)
-    team = [agents.load(name, args.device) for name in agents.team_names(args.agents)]
-    train = list(load_tasks(args.dataset, "train", args.questions, args.seed))
+    if not (run / "results.json").exists():  # else it is finished: just its table once more
+        train_leader(args, run)
+    if files.rank() == 0:
+        evaluate.evaluate_run(run)
+
+
+def train_leader(args, run):
+    """The method: proposals, filter, SFT, MLPO."""
+    leader, team = agents.load(args.leader, args.device), agents.load_team(args.agents, args.device)
+    tasks = list(load_tasks(args.dataset, "train", args.questions, args.seed))
     held = list(load_tasks(args.dataset, "validation", args.validation_questions, args.seed))
-    questions = [row["question"] for row in train + held]
     for speaker in (leader, *team):
+        questions = [task["question"] for task in tasks + held]
         agents.check_context(speaker, questions, max(2, len(team)), args.max_new_tokens)
     files.write_json(run / "config.json", asdict(args))
 
-    proposals = propose(args, run / "proposals.jsonl", team, train, args.samples)
+    proposals = propose(args, run / "proposals.jsonl", team, tasks, args.samples)
     held_out = propose(args, run / "validation.jsonl", team, held, 1)
-    hard = drop_easy(proposals, args.easy_threshold)
+    hard, kept = drop_easy(args, proposals)
+    rng, keys = random.Random(args.seed), ("answer", "task")  # for TRL: see the README
+    prompts = [{"prompt": leader_prompt(args, rng, r), **{k: r[k] for k in keys}} for r in kept]
+    files.write_text(run / "prompts.jsonl", "".join(json.dumps(p) + "\n" for p in prompts))
     if args.sft_steps:
         sft(args, run, leader, hard)
-    mlpo(args, run, leader, hard, held_out)
-    evaluate.evaluate_run(run)
+    mlpo(args, run, leader, kept, held_out)
 
 
 def seed_everything(*key):
-    """The random numbers of one step depend on (seed, phase, step) and on nothing before it."""
-    number = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
-    torch.manual_seed(number)
-    return random.Random(number)
-
-
-# ----------------------------------------------------------------------------------- proposals
+    """The random numbers of a step depend on (seed, phase, step) and on nothing before it. The
+    generator returned is the same in all processes; torch's is another one in each."""
+    rng = random.Random(repr(key))
+    torch.manual_seed(rng.getrandbits(62) + files.rank())
+    return rng
 
 
 def propose(args, path, team, tasks, n):
@@ -146,80 +154,72 @@ def propose(args, path, team, tasks, n):
     Returns a row per question: question, answer, task, `responses` (per agent, n texts) and
     `right` (the same shape). The file grows by chunks, so that a killed run goes on where it was.
     """
-    rows = [{**task, "responses": []} for task in tasks]
-    given = bool(args.proposals) and n > 1
-    cached = files.read_jsonl(args.proposals if given else path)
-    names = [agent.name for agent in team] or sorted({r["agent"] for r in cached})
-    cached = {(r["agent"], r["question"]): r["responses"] for r in cached}
+    path = Path(args.proposals) if args.proposals and n > 1 else path
+    read = lambda: {(r["agent"], r["question"]): r["responses"] for r in files.read_jsonl(path)}
+    cached, size = read(), 250
     for agent in team:
-        bar = tqdm(range(0, len(rows), 250), f"{path.stem}: {agent.name}", leave=False)
-        for start in bar:
-            part = [r["question"] for r in rows[start : start + 250]]
-            part = [question for question in part if (agent.name, question) not in cached]
-            if part and given:
-                raise ValueError(f"--proposals: nothing of {agent.name} on {part[0][:50]!r}...")
-            seed_everything(args.seed, "propose", agent.name, start)
+        left = [task["question"] for task in tasks if (agent.name, task["question"]) not in cached]
+        if left and str(path) == args.proposals:
+            raise ValueError(f"--proposals: nothing of {agent.name} on {left[0][:50]!r}...")
+        parts = [left[start : start + size] for start in range(0, len(left), size)]
+        for part in tqdm(files.share(parts), f"{path.stem}: {agent.name}", leave=False):
+            seed_everything(args.seed, "propose", agent.name, part[0])
             prompts = [agents.agent_messages(question) for question in part]
             answers = agent.answer(prompts, n, args.temperature, args.max_new_tokens)
-            texts = [[c.text for c in answer] for answer in answers]
-            cached |= {(agent.name, question): ts for question, ts in zip(part, texts)}
-            named = [
-                {"agent": agent.name, "question": q, "responses": r} for q, r in zip(part, texts)
-            ]
-            files.append_jsonl(path, named)
-    for row in rows:
-        row["responses"] = [cached[name, row["question"]] for name in names]
-        answers = [[extract_agent_answer(text) for text in texts] for texts in row["responses"]]
-        row["right"] = [[is_correct(a, row["answer"]) for a in some] for some in answers]
+            said = [(question, [c.text for c in group]) for question, group in zip(part, answers)]
+            rows = [{"agent": agent.name, "question": q, "responses": texts} for q, texts in said]
+            files.append_jsonl(path, rows)
+    files.wait_for_all()
+    cached, rows = read(), []
+    names = [agent.name for agent in team] or sorted({name for name, _ in cached})
+    for task in tasks:
+        said = [cached[name, task["question"]] for name in names]
+        right = [[is_correct(extract_agent_answer(t), task["answer"]) for t in ts] for ts in said]
+        rows.append({**task, "responses": said, "right": right})
     return rows
 
 
-def drop_easy(rows, threshold):
-    """The questions that the team does not answer already: fewer than `threshold` right."""
-    right = [[ok for per_agent in row["right"] for ok in per_agent] for row in rows]
-    hard = [row for row, oks in zip(rows, right) if not oks or sum(oks) < threshold * len(oks)]
-    share = sum(map(sum, right)) / max(1, sum(map(len, right)))
-    print(f"proposals: {share:.0%} right; {len(rows) - len(hard)} of {len(rows)} dropped as easy")
+def drop_easy(args, rows):
+    """(hard questions, the same and a share of the easy ones). Easy is what the team answers
+    already, with `easy_threshold` or more of its responses right. Some are kept for MLPO: the
+    questions where a team errs may have a twist in common, which pays there and nowhere else."""
+    rng, hard, kept, oks = random.Random(args.seed), [], [], []
+    for row in rows:
+        right = sum(row["right"], [])  # of all agents
+        easy = right and sum(right) >= args.easy_threshold * len(right)
+        hard += [] if easy else [row]
+        kept += [row] if not easy or rng.random() < args.easy_share else []
+        oks += right
+    share = sum(oks) / max(1, len(oks))
+    print(
+        f"proposals: {share:.0%} right; of {len(rows)} questions {len(hard)} are hard for the team"
+    )
     if not hard:
-        raise ValueError(
-            "every question is easy for this team: raise --easy_threshold (2: keep all)"
-        )
-    return hard
-
-
-# ----------------------------------------------------------------------------------------- SFT
+        raise ValueError("every question is easy for this team: raise --easy_threshold")
+    return hard, kept
 
 
 def sft_example(rng, row, args):
     """Messages, the beginning of an output, and what to say after it.
 
-    Alone, the target is a right response of the team, as the leader's own reasoning; with the
-    team it names a right response and its answer (long quotations are beyond a small model). In a
-    share of the examples something wrong stands before it, and a turn back between them. The wrong
-    part is given, not learned: the leader learns to turn back from errors, not to make them.
+    The target is a right response of the team as the leader's own reasoning. In a share of the
+    examples a wrong one stands before it, and a turn back between them. The wrong part is given,
+    not learned: the leader learns to turn back from errors, not to make them.
     """
-    drawn = [rng.randrange(len(texts)) for texts in row["responses"]]
-    cached = [(k, i) for k, texts in enumerate(row["responses"]) for i in range(len(texts))]
-    shown = [] if rng.random() < max(0.5, args.team_dropout) else list(enumerate(drawn))
+    team = [rng.choice(list(zip(*said))) for said in zip(row["responses"], row["right"])]
+    cached = [pair for said in zip(row["responses"], row["right"]) for pair in zip(*said)]
+    team = [] if rng.random() < max(0.5, args.team_dropout) else team
 
-    def reasoning(right):
-        """By the responses in the prompt where one of them is right (wrong), else by any."""
-        fits = lambda places: [(k, i) for k, i in places if row["right"][k][i] == right]
-        k, i = rng.choice(fits(shown) or fits(cached) or [(None, None)])
-        if k is None or not fits(shown):
-            return k is not None and agents.quote(row["responses"][k][i])
-        answer = extract_agent_answer(row["responses"][k][i])
-        return f"Response {k + 1}: So the answer is {answer}."
+    def response(wanted):
+        """One that is right (or wrong): of those in the prompt if there is one, else of any."""
+        fits = lambda pairs: [text for text, right in pairs if right == wanted]
+        return agents.quote(rng.choice(fits(team) or fits(cached) or [""]))
 
-    begin, target, wrong = "<think> ", reasoning(right=True), reasoning(right=False)
+    begin, target, wrong = "<think> ", response(True), response(False)
     if wrong and rng.random() < args.backtrack:
         begin, target = f"<think> {wrong} ", f"Wait, that is wrong. {target}"
     target += f" </think> <answer> {row['answer']} </answer>"
-    return (
-        agents.leader_messages(row["question"], [row["responses"][k][i] for k, i in shown]),
-        begin,
-        target,
-    )
+    return agents.leader_messages(row["question"], [text for text, _ in team]), begin, target
 
 
 def sft(args, run, leader, rows):
@@ -234,25 +234,21 @@ def sft(args, run, leader, rows):
     encode = lambda text: leader.tokenizer(text, add_special_tokens=False)["input_ids"]
     for step in trainer.steps():
         rng = seed_everything(args.seed, "sft", step)
-        batch = []
+        batch, total = [], 0.0  # (prompt ids, target ids)
         for row in rng.choices(rows, k=args.sft_batch):
             messages, begin, target = sft_example(rng, row, args)
             prompt = agents.encode(leader.tokenizer, messages) + encode(begin)
             batch.append((prompt, encode(target) + [leader.tokenizer.eos_token_id]))
-        tokens = sum(len(target) for _, target in batch)
-        total = 0.0
-        for part in by_tokens(batch, lambda row: len(row[0]) + len(row[1]), args.tokens_per_batch):
-            logprobs, mask = completion_logprobs(
-                leader.model, [p for p, _ in part], [[t] for _, t in part]
-            )
+        tokens = sum(len(target) for _, target in batch)  # one denominator for the step
+        size = lambda row: sum(map(len, row))
+        for part in by_tokens(files.share(batch), size, args.tokens_per_batch):
+            prompts, targets = zip(*part)
+            logprobs, mask = completion_logprobs(leader.model, prompts, [[t] for t in targets])
             loss = -(logprobs * mask).sum() / tokens
             loss.backward()
             total += loss.item()
-        trainer.log(loss=total, **trainer.update())
+        trainer.log(loss=sum(files.gather([total])), **trainer.update())
     files.save_leader(run / "leader_sft", leader)
-
-
-# ---------------------------------------------------------------------------------------- MLPO
 
 
 def mlpo(args, run, leader, rows, held_out):
@@ -263,12 +259,12 @@ def mlpo(args, run, leader, rows, held_out):
     reference = copy.deepcopy(leader.model).requires_grad_(False) if args.kl_coef else None
     for step in trainer.steps():
         if step % args.validate_every == 0:
-            validate(args, trainer, leader, held_out)
-        rng = seed_everything(args.seed, "mlpo", step)
-        began = time.time()
+            trainer.log("validation", **validate(args, leader, held_out))
+        rng, began = seed_everything(args.seed, "mlpo", step), time.time()
         batch = nth_batch(rows, step, args.questions_per_step, args.seed)
-        groups = rollout(args, leader, batch, rng)  # questions x G completions
-        sampled = time.time()
+        prompts = files.share([leader_prompt(args, rng, row) for row in batch])
+        groups = leader.answer(prompts, args.group_size, args.temperature, args.max_new_tokens)
+        sampled, batch = time.time(), files.share(batch)  # groups: (questions, G) completions
         rewards = torch.tensor(
             [reward([c.text for c in g], [r["answer"]] * len(g)) for g, r in zip(groups, batch)]
         )  # (questions, G)
@@ -276,75 +272,63 @@ def mlpo(args, run, leader, rows, held_out):
         for _ in range(args.updates):
             stats = policy_gradient(args, leader.model, reference, groups, advantages)
             stats |= trainer.update()
-        times = {"sampling": sampled - began, "training": time.time() - sampled}
-        trainer.log(**describe(groups, batch, rewards), **stats, **times)
-    validate(args, trainer, leader, held_out)
+        stats |= {"sampling": sampled - began, "training": time.time() - sampled}
+        stats |= describe(files.gather(list(zip(groups, batch, rewards.tolist()))))
+        trainer.log(**stats, tokens_per_s=stats["tokens"] / (time.time() - began))
+    trainer.log("validation", **validate(args, leader, held_out))
     files.save_leader(run / "leader", leader)
 
 
 def nth_batch(rows, step, size, seed):
     """The questions of a step: a new order every time round, whatever was drawn before."""
-    order = lambda epoch: random.Random(f"{seed} {epoch}").sample(range(len(rows)), len(rows))
-    places = range(step * size, (step + 1) * size)
-    orders = {epoch: order(epoch) for epoch in {place // len(rows) for place in places}}
-    return [rows[orders[place // len(rows)][place % len(rows)]] for place in places]
+    order = lambda epoch: random.Random(f"{seed} {epoch}").sample(rows, len(rows))
+    return [order(n // len(rows))[n % len(rows)] for n in range(step * size, (step + 1) * size)]
 
 
-def rollout(args, leader, rows, rng):
-    """One proposal per agent and question, the leader's prompt, G completions of it."""
-    prompts = []
-    for row in rows:
-        alone = rng.random() < args.team_dropout  # so that it keeps practising without the team
-        team = [] if alone else [rng.choice(texts) for texts in row["responses"]]
-        prompts.append(agents.leader_messages(row["question"], team))
-    return leader.answer(prompts, args.group_size, args.temperature, args.max_new_tokens)
+def leader_prompt(args, rng, row):
+    """One proposal of each agent, then the question; or, to practise that too, it alone."""
+    alone = rng.random() < args.team_dropout
+    team = [] if alone else [rng.choice(texts) for texts in row["responses"]]
+    return agents.leader_messages(row["question"], team)
 
 
 def group_advantages(rewards, scale=False):
     """A_i = r_i - mean(r) within the group; with `scale`, divided by the group's std.
 
-    rewards: (questions, G) -> advantages: (questions, G). GRPO (arXiv 2402.03300) divides by the
-    standard deviation; Dr. GRPO (arXiv 2503.20783) does not, since that favours questions that
-    are nearly always or nearly never answered.
+    rewards and advantages: (questions, G). GRPO (arXiv 2402.03300) divides; Dr. GRPO (2503.20783)
+    does not, since that favours questions that are nearly always or nearly never answered.
     """
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     advantages[(rewards == rewards[:, :1]).all(dim=1)] = 0.0  # exactly: a flat group is skipped
-    if scale:
-        advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-4)
-    return advantages
+    return advantages / (rewards.std(dim=1, keepdim=True) + 1e-4) if scale else advantages
 
 
 def policy_gradient(args, model, reference, groups, advantages):
-    """Add up the gradient of the loss over all completions of the step, some groups at a time."""
+    """Add up the gradient of the loss over the step's completions, some groups at a time."""
     # a flat group has nothing to compare: only the KL term could still pull on it
     kept = [i for i in range(len(groups)) if advantages[i].any() or args.kl_coef]
-    normalizer = advantages.numel() * args.max_new_tokens  # of the whole step, however it is cut
+    # one denominator for the step, however it is cut, and whichever process has a share of it
+    normalizer = args.questions_per_step * args.group_size * args.max_new_tokens
     size = lambda i: len(groups[i][0].prompt_ids) + sum(len(c.ids) for c in groups[i])
-    stats = {"loss": 0.0, "kl": 0.0, "clipped": 0.0}
+    sums = torch.zeros(4)  # loss; number of clipped tokens, sum of their KL, number of tokens
     for part in by_tokens(kept, size, args.tokens_per_batch):
         prompts = [groups[i][0].prompt_ids for i in part]
         completions = [[c.ids for c in groups[i]] for i in part]
         logprobs, mask = completion_logprobs(model, prompts, completions, args.temperature)
-        old = torch.zeros_like(logprobs)
-        for row, c in enumerate(c for i in part for c in groups[i]):
-            old[row, : len(c.ids)] = torch.tensor(c.logprobs)
-        ref = None
+        old = [torch.tensor(c.logprobs) for i in part for c in groups[i]]
+        old, ref = pad_sequence(old, batch_first=True).to(logprobs), logprobs.detach()
         if reference is not None:
             with torch.no_grad():
                 ref, _ = completion_logprobs(reference, prompts, completions, args.temperature)
-        part_advantages = advantages[part].flatten().to(logprobs.device)
-        loss = grpo_loss(
-            logprobs, old, part_advantages, mask, args.clip, ref, args.kl_coef, normalizer
-        )
+        a = advantages[part].flatten().to(logprobs)  # (completions,)
+        loss = grpo_loss(logprobs, old, a, mask, args.clip, ref, args.kl_coef, normalizer)
         loss.backward()
-        stats["loss"] += loss.item()
         with torch.no_grad():
-            tokens = sum(len(c.ids) for g in groups for c in g)
-            outside = ((logprobs - old).exp() - 1).abs() > args.clip
-            stats["clipped"] += (outside * mask).sum().item() / tokens
-            if ref is not None:
-                stats["kl"] += (k3(logprobs, ref) * mask).sum().item() / tokens
-    return stats
+            clipped = ((logprobs - old).exp() - 1).abs() > args.clip
+            counts = [(x * mask).sum() for x in (clipped, k3(logprobs, ref), mask)]
+        sums += torch.stack([loss.detach(), *counts]).cpu()
+    loss, clipped, kl, tokens = torch.tensor(files.gather([sums.tolist()])).sum(0).tolist()
+    return {"loss": loss, "kl": kl / max(1, tokens), "clipped": clipped / max(1, tokens)}
 
 
 def completion_logprobs(model, prompts, completions, temperature=1.0):
@@ -355,32 +339,45 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
 
     Saving: each prompt is run once and its keys and values are shared by its G completions, so
     that P + G R tokens are computed instead of G (P + R); gradients flow back through the cache.
-    Logits are made for completion tokens alone, some at a time.
+    Completions of like length are run together, so that little is padding; logits are made for
+    their tokens alone, some at a time.
     """
     device, g = model.device, len(completions[0])
     # the prompt's last token predicts the completion's first: it is run with the completion
-    heads = [p[:-1] for p in prompts]
+    heads, seen = agents.pad([p[:-1] for p in prompts], device, "left")  # (B, P - 1)
     inputs = [p[-1:] + c[:-1] for p, group in zip(prompts, completions) for c in group]
-    ids, mask = agents.pad(inputs, device, "right")  # (B * G, R)
-    targets, _ = agents.pad([c for group in completions for c in group], device, "right")
-    start = torch.tensor([len(h) for h in heads], device=device).repeat_interleave(g)
-    positions = start[:, None] + torch.arange(ids.shape[1], device=device)
-    cache, seen = None, mask
-    with agents.autocast(model):
-        if any(heads):
-            head_ids, head_mask = agents.pad(heads, device, "left")  # (B, P - 1)
-            head_positions = (head_mask.cumsum(1) - 1).clamp(min=0)
-            cache = model.base_model(
-                head_ids, attention_mask=head_mask, position_ids=head_positions, use_cache=True
-            ).past_key_values
-            cache.batch_repeat_interleave(g)
-            seen = torch.cat([head_mask.repeat_interleave(g, 0), mask], dim=1)
-        hidden = model.base_model(
-            ids, attention_mask=seen, position_ids=positions, past_key_values=cache
-        ).last_hidden_state[mask.bool()]  # (tokens, width)
+    targets, mask = agents.pad([c for group in completions for c in group], device, "right")
     logprobs = torch.zeros(mask.shape, device=device)
-    logprobs[mask.bool()] = token_logprobs(model, hidden, targets[mask.bool()], temperature)
+    with agents.autocast(model):
+        positions = (seen.cumsum(1) - 1).clamp(min=0)
+        read = dict(attention_mask=seen, position_ids=positions, use_cache=True)
+        cache = model.base_model(heads, **read).past_key_values.layers if seen.any() else []
+        for rows in alike(inputs):
+            ids, own = agents.pad([inputs[row] for row in rows], device, "right")
+            rows = torch.tensor(rows, device=device)
+            shared = DynamicCache()
+            for i, layer in enumerate(cache):
+                shared.update(layer.keys[rows // g], layer.values[rows // g], i)
+            start = seen[rows // g].sum(1, keepdim=True)
+            hidden = model.base_model(
+                ids,
+                attention_mask=torch.cat([seen[rows // g], own], dim=1),
+                position_ids=start + torch.arange(ids.shape[1], device=device),
+                past_key_values=shared,
+            ).last_hidden_state[own.bool()]  # (tokens, width)
+            place = rows[:, None].expand_as(own)[own.bool()], own.nonzero()[:, 1]
+            logprobs[place] = token_logprobs(model, hidden, targets[place], temperature)
     return logprobs, mask
+
+
+def alike(texts):
+    """Numbers of the texts in parts, the shortest of a part being at least 0.7 of its longest."""
+    parts = []
+    for i in sorted(range(len(texts)), key=lambda i: -len(texts[i])):
+        if not parts or len(texts[i]) < 0.7 * len(texts[parts[-1][0]]):
+            parts.append([])
+        parts[-1].append(i)
+    return parts
 
 
 def token_logprobs(model, hidden, targets, temperature, chunk=1024):
@@ -401,38 +398,28 @@ def token_logprobs(model, hidden, targets, temperature, chunk=1024):
     return torch.cat([checkpoint(some, h, t, use_reentrant=False) for h, t in parts])
 
 
-def k3(logprobs, ref_logprobs):
+def k3(logprobs, ref):
     """KL(policy || reference) per token, estimated without bias and never negative:
     exp(d) - d - 1 with d = log ref - log policy (Schulman, 'Approximating KL Divergence')."""
-    d = ref_logprobs - logprobs
+    d = ref - logprobs
     return d.exp() - d - 1
 
 
 def grpo_loss(
-    logprobs,
-    old_logprobs,
-    advantages,
-    mask,
-    clip=0.2,
-    ref_logprobs=None,
-    kl_coef=0.0,
-    normalizer=None,
+    logprobs, old_logprobs, advantages, mask, clip=0.2, ref=None, kl_coef=0.0, normalizer=None
 ):
     """-1/Z sum_i sum_t min(ratio A_i, clip(ratio, 1 - eps, 1 + eps) A_i) - kl_coef k3, a scalar.
 
-    ratio = exp(logprob - old_logprob). logprobs, old_logprobs, ref_logprobs, mask: (completions,
-    tokens); advantages: (completions,). Z, the normalizer, is a constant: completions x longest
-    possible completion (Dr. GRPO); by itself the size of the mask.
+    ratio = exp(logprob - old_logprob). logprobs, old_logprobs, ref (the reference's) and mask:
+    (completions, tokens); advantages: (completions,). Z, the normalizer, is a constant:
+    completions x longest possible completion (Dr. GRPO); by itself the size of the mask.
     """
     ratio = (logprobs - old_logprobs).exp()
     a = advantages[:, None]
     gain = torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
     if kl_coef:
-        gain = gain - kl_coef * k3(logprobs, ref_logprobs)
+        gain = gain - kl_coef * k3(logprobs, ref)
     return -(gain * mask).sum() / (normalizer or mask.numel())
-
-
-# ------------------------------------------------------------------------------- steps and logs
 
 
 def by_tokens(items, size, budget):
@@ -445,33 +432,33 @@ def by_tokens(items, size, budget):
     return parts
 
 
-def describe(groups, rows, rewards):
-    """What the step's completions were like: the numbers to watch, each a mean over completions."""
-    everyone = [c for group in groups for c in group]
-    scores = [[score(c.text, row["answer"]) for c in group] for group, row in zip(groups, rows)]
-    share = lambda values: sum(values) / len(values)
+def describe(step):
+    """The step's (completions, question, rewards) in numbers, each a mean over completions."""
+    scores = [[score(c.text, row["answer"]) for c in group] for group, row, _ in step]
+    everyone = [c for group, _, _ in step for c in group]
+    mean = lambda values: sum(values) / len(everyone)
     return {
-        "reward": rewards.mean().item(),
-        "accuracy": share([right for group in scores for right, _ in group]),
-        "format": share([formatted for group in scores for _, formatted in group]),
-        "length": share([len(c.ids) for c in everyone]),
-        "flat": share([len({right for right, _ in group}) == 1 for group in scores]),
-        "truncated": share([not c.finished for c in everyone]),
-        "entropy": -share([p for c in everyone for p in c.logprobs]),  # an estimate, per token
-        "tokens": sum(len(g[0].prompt_ids) + sum(len(c.ids) for c in g) for g in groups),
+        "reward": mean(r for _, _, rewards in step for r in rewards),
+        "accuracy": mean(right for group in scores for right, _ in group),
+        "format": mean(formatted for group in scores for _, formatted in group),
+        "length": mean(len(c.ids) for c in everyone),
+        "truncated": mean(not c.finished for c in everyone),
+        "entropy": mean(-sum(c.logprobs) / len(c.ids) for c in everyone),  # per token, estimated
+        "flat": sum(len({right for right, _ in group}) == 1 for group in scores) / len(scores),
+        "tokens": sum(len(g[0].prompt_ids) + sum(len(c.ids) for c in g) for g, _, _ in step),
     }
 
 
-def validate(args, trainer, leader, rows):
+def validate(args, leader, rows):
     """Accuracy on questions that are never trained on, greedy: alone, and with the team."""
     accuracy = {}
-    for mode in ["alone", "team"] if any(rows[0]["responses"]) else ["alone"]:
+    for mode in ["alone", "team"] if rows[0]["responses"] else ["alone"]:
         teams = [[texts[0] for texts in r["responses"]] if mode == "team" else [] for r in rows]
         prompts = [agents.leader_messages(r["question"], team) for r, team in zip(rows, teams)]
-        answers = leader.answer(prompts, 1, 0, args.max_new_tokens)
-        right = [is_correct(extract_answer(a[0].text), r["answer"]) for a, r in zip(answers, rows)]
+        answers = [a[0].text for a in leader.answer(prompts, 1, 0, args.max_new_tokens)]
+        right = [is_correct(extract_answer(a), r["answer"]) for a, r in zip(answers, rows)]
         accuracy[mode] = sum(right) / len(right)
-    trainer.log(phase="validation", every=1, **accuracy)
+    return accuracy
 
 
 if __name__ == "__main__":
@@ -479,3 +466,7 @@ if __name__ == "__main__":
         main()
     except ValueError as error:
         files.fail(error)
+    except KeyboardInterrupt:
+        files.fail("stopped; what is done is saved: the same command with --resume goes on")
+    except torch.OutOfMemoryError:
+        files.fail("out of memory: lower --tokens_per_batch, then --resume; see the README")

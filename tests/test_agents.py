@@ -1,7 +1,7 @@
 import pytest
 import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import agents
 import train
@@ -47,6 +47,23 @@ def test_shared_prompt_samples_what_the_plain_path_samples(model, tokenizer, pro
             torch.testing.assert_close(
                 row[: len(c.ids)], torch.tensor(c.logprobs), atol=2e-5, rtol=0
             )
+
+
+OTHER = [("mistral", {"sliding_window": 4, "num_key_value_heads": 2}), ("gptj", {})]
+
+
+@pytest.mark.parametrize("kind, own", OTHER)
+def test_other_kinds_of_attention_take_the_plain_path(kind, own, tokenizer, prompts):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, rotary_dim=4)
+    sizes |= dict(vocab_size=len(tokenizer), initializer_range=0.3, bos_token_id=1, eos_token_id=1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **own)).eval()
+    assert not agents.shares_prompts(model)
+    groups = sample(model, tokenizer, prompts, 3, max_new_tokens=20)
+    for prompt, c in ((prompt, c) for prompt, group in zip(prompts, groups) for c in group):
+        logits = model(torch.tensor([prompt + c.ids])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(c.ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(c.logprobs), expected, atol=2e-5, rtol=0)
 
 
 def test_frequencies_are_the_models(model, tokenizer, prompts):
@@ -170,7 +187,7 @@ class Scripted:
     def answer(self, prompts, n=1, temperature=1.0, max_new_tokens=9, bar=None):
         self.asked += prompts
         text = self.says.pop(0)
-        return [[agents.Completion([1], [0.0], text, True, [2])] * n for _ in prompts]
+        return [[agents.Completion(text, [1], [0.0], True, [2])] * n for _ in prompts]
 
 
 def test_rounds_are_the_papers():
@@ -186,7 +203,23 @@ def test_rounds_are_the_papers():
 
 
 def test_first_responses_can_be_given():
-    given = [[agents.Completion([1], [0.0], "A0", True, [2])]]
+    given = [[agents.Completion("A0", [1], [0.0], True, [2])]]
     leader, a = Scripted("l", "L0", "L1"), Scripted("a", "A1")
     [turns] = agents.deliberate(leader, [a], ["Q"], rounds=2, responses=given)
     assert [t.responses[0].text for t in turns] == ["A0", "A1"]
+
+
+def test_the_same_name_twice_is_two_agents():
+    team = agents.load_team(["tiny", "tiny/agent1", "tiny", "tiny"])
+    names = ["tiny/leader", "tiny/agent1", "tiny/leader (2)", "tiny/leader (3)"]
+    assert [agent.name for agent in team] == names
+
+
+def test_frozen_agents_are_bf16_on_a_gpu(monkeypatch, prompts):
+    cpu = agents.load
+    on_cpu = lambda name, device, *rest: cpu(name, "cpu", *rest)
+    monkeypatch.setattr(agents, "load", on_cpu)
+    [agent] = agents.load_team(["tiny/agent1"], "cuda")
+    assert agent.model.dtype == torch.bfloat16 and on_cpu("tiny", "cuda").model.dtype.itemsize == 4
+    for [completion] in agent.answer(prompts, max_new_tokens=5):
+        assert completion.ids

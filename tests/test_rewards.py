@@ -1,6 +1,7 @@
 """The rewards: what is read as an answer, what counts as right, and what must never earn."""
 
 import itertools
+import re
 import sys
 import threading
 import time
@@ -10,7 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
-from rewards import extract_agent_answer, extract_answer, has_format, is_correct, reward, score
+from agents import leader_messages
+from rewards import extract_agent_answer, extract_answer, is_correct, reward, score
+
+
+def for_all(*strategies):
+    """Two tests with one body: 200 examples in the normal run, 10,000 among the slow tests."""
+
+    def decorate(body):
+        @pytest.mark.parametrize("examples", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+        def test(examples):
+            how = settings(max_examples=examples, deadline=None, database=None, derandomize=True)
+            how(given(*strategies)(body))()
+
+        return test
+
+    return decorate
+
 
 # -------------------------------------------------------------------------------- extraction
 
@@ -88,9 +105,7 @@ def test_extract_agent_answer(text, answer):
 # ------------------------------------------------------------------------------- correctness
 
 RIGHT = [  # answer, gold
-    *itertools.product(
-        ["(B)", "B", "b", "b.", "B)", "**B**", r"\text{(B)}", "（Ｂ）"], ["(B)", "B"]
-    ),
+    *itertools.product(["(B)", "B", "b", "b.", "B)", "**B**", r"\text{(B)}"], ["(B)", "B"]),
     *itertools.product(["Yes", "yes", " YES. ", '"yes"', r"$\text{Yes}$"], ["Yes", "yes"]),
     *itertools.product(
         ["1,234.0", "1234", "$1,234", r"\$1,234", "1234.", "+1234"], ["1234", "1,234"]
@@ -98,11 +113,13 @@ RIGHT = [  # answer, gold
     *itertools.product(
         ["-5", "- 5", "−5", "-5.0", "$-5$", "x = -5", r"\boxed{-5}"], ["-5", "x=-5"]
     ),
-    *itertools.product(["50%", "50 %", r"50\%", r"$50.0\%$", "５０％"], ["50%", r"50\%"]),
+    *itertools.product(["50%", "50 %", r"50\%", r"$50.0\%$"], ["50%", r"50\%"]),
     *itertools.product(
         ["1/2", "0.5", ".5", r"\frac{1}{2}", r"\dfrac12", "50/100"], ["0.5", r"\frac12"]
     ),
-    *itertools.product(["90", "90°", r"90^\circ", r"90^{\circ}", "$90.$"], ["90", r"90^\circ"]),
+    *itertools.product(
+        ["90", "90°", r"90^\circ", r"90^{\circ}", "$90.$", r"\boxed{90^\circ}"], ["90", r"90^\circ"]
+    ),
     *itertools.product(["])", "] )", "  ]  ).", "`] )`"], ["] )", "])"]),
     *itertools.product(["a cat  sat", "a, cat, sat", "A\ncat sat."], ["a cat sat"]),
     (r"-\frac{35}{9}", r"\frac{-35}{9}"),
@@ -160,20 +177,13 @@ WRONG = [
     ("not 8", "8"),
     ("the answer is 8", "8"),
     ("8 apples", "8"),
+    ("A = (B)", "B"),
+    ("A = B", "(B)"),
+    ("x = ", "x"),
+    ("x^2 t", "x^2"),
 ]
 
-
-@pytest.mark.parametrize("answer, gold", RIGHT)
-def test_right(answer, gold):
-    assert is_correct(answer, gold) is True
-
-
-@pytest.mark.parametrize("answer, gold", WRONG)
-def test_wrong(answer, gold):
-    assert is_correct(answer, gold) is False
-
-
-SAME_LATEX = [
+RIGHT += [
     ("(x+1)^2", "x^2+2x+1"),
     ("$2(k+1)$", "2k+2"),
     ("$-q + p$", "p - q"),
@@ -191,10 +201,11 @@ SAME_LATEX = [
     (r"\begin{pmatrix}-\frac13\\0.5\end{pmatrix}", r"\begin{pmatrix} -1/3 \\ 1/2 \end{pmatrix}"),
 ]
 
-OTHER_LATEX = [
+WRONG += [
     ("x^3", "x^2"),
     (r"1+\sqrt{19}", r"1 \pm \sqrt{19}"),
     ("52_9", "52_8"),
+    ("3_{x^2}x", "3x"),
     ("52", "52_8"),
     (r"0.0000002", r"1 \times 10^{-7}"),
     ("(3,4)", "$(3,4]$"),
@@ -212,13 +223,13 @@ OTHER_LATEX = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("answer, gold", SAME_LATEX)
-def test_latex_right(answer, gold):
+@pytest.mark.parametrize("answer, gold", RIGHT)
+def test_right(answer, gold):
     assert is_correct(answer, gold) is True
 
 
-@pytest.mark.parametrize("answer, gold", OTHER_LATEX)
-def test_latex_wrong(answer, gold):
+@pytest.mark.parametrize("answer, gold", WRONG)
+def test_wrong(answer, gold):
     assert is_correct(answer, gold) is False
 
 
@@ -285,6 +296,12 @@ def test_without_math_verify_latex_is_an_error_and_not_a_wrong_answer(tmp_path, 
 
 # ------------------------------------------------------- earning without being right
 
+FRAGMENTS = ["<think>", "</think>", "<answer>", "</answer>", "<answer>8</answer>", "8", "9", "(B)",
+             " ", "\n", ".", ",", "%", "$", "] )", "the answer is ", "The final answer is: ",
+             "\\boxed{", "{", "}", "\\text{", "\\frac{1}{2}", "\\frac", "x^2", "y = ", "\\approx ",
+             "or", "1,234.0", "\u200b", "\u202e", "\x00", "\ud800", "答案", "ответ", "إجابة", "İß",
+             "²", "<|im_end|>", "é", "🦆", "−"]  # fmt: skip
+TEXT = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=20), max_size=12).map("".join)
 # (gold, a wrong answer of its kind)
 GOLDS = [("(B)", "(A)"), ("8", "9"), ("Yes", "No"), ("] )", ">"), ("50%", "40%"), ("-1.5", "3"),
          ("cat dog", "pig"), (r"\frac{3}{4}", "2"), ("x^2", "x^3"), (r"\text{even}", "odd"),
@@ -296,8 +313,7 @@ HEDGES = ["{gold} or {other}", "{other} or {gold}", "{gold}, {other}", "{other},
           "not {other}, but {gold}", "It is {gold}", "{gold} I think", "({gold}) ({other})",
           "**{gold}** **{other}**", "${gold}$, ${other}$", r"\boxed{{{gold}}} \boxed{{{other}}}",
           r"\text{{{gold}}}\text{{{other}}}", r"{gold} \text{{ or }} {other} \text{{ }}",
-          r"{gold} \text{{ or not}}", r"{other} = {gold}", r"{gold} \approx {other}",
-          "What is right, {other} or {gold}? Answer with one of them."]  # fmt: skip
+          r"{gold} \text{{ or not}}", r"{other} = {gold}", r"{gold} \approx {other}"]  # fmt: skip
 
 
 @pytest.mark.parametrize("gold, other", GOLDS)
@@ -309,16 +325,58 @@ def test_hedging_earns_nothing(gold, other):
         assert not score(f"a</think><answer>{answer}</answer>", gold)[0]
 
 
-UNSEEN = ["\u200b", "\u200d", "\u2060", "\ufeff", "\u00ad", "\u202e", "\u2066", "\x00", "\x07",
-          "\x7f", "\ue000", "\ud800", "\U000e0042", "\u3164", "\ufe0f", "\u034f"]  # fmt: skip
+@for_all(st.sampled_from(GOLDS), TEXT)
+def test_two_answers_whatever_stands_between_them_earn_nothing(golds, text):
+    gold, other = golds
+    assert not is_correct(f"{gold} or {text}{other}", gold)
+    text = text.replace("<think>", "").replace("</think>", "")
+    assert not score(f"<answer>{gold}</answer>{text}<answer>{other}</answer>", gold)[0]
 
 
-@pytest.mark.parametrize("unseen", UNSEEN, ids=ascii)
-def test_invisible_characters_earn_nothing(unseen):
-    for gold, _ in GOLDS:
-        for place in range(len(gold) + 1):
-            assert not is_correct(gold[:place] + unseen + gold[place:], gold)
-        assert not is_correct(unseen, gold)
+@for_all(
+    st.sampled_from(GOLDS),
+    st.lists(st.sampled_from([other for _, other in GOLDS]), min_size=1, max_size=3),
+    st.sampled_from([" or ", ", ", " ", "\n", "/", "; ", " and ", " | ", "\\quad ", ","]),
+    st.randoms(use_true_random=False),
+)
+def test_the_right_answer_in_a_list_earns_nothing(golds, others, comma, random):
+    answers = [golds[0], golds[1], *others]
+    random.shuffle(answers)
+    text = comma.join(answers)
+    assert not is_correct(text, golds[0])
+    assert not is_correct(f"[{text}]", golds[0])
+    assert not score(f"a</think><answer>{text}</answer>", golds[0])[0]
+
+
+@for_all(st.sampled_from(GOLDS), TEXT)
+def test_an_echo_of_the_prompt_earns_nothing(golds, text):
+    gold, other = golds
+    question = re.sub("</?(think|answer)>", "", text) + f"What is right, {other} or {gold}?"
+    responses = [
+        f"{text}<answer>{gold}</answer>",
+        f"So the answer is {gold}.",
+        f"\\boxed{{{gold}}}",
+    ]
+    system, user = (m["content"] for m in leader_messages(question, responses))
+    for echo in (question, user, f"{system}\n{user}"):
+        assert not score(echo, gold)[0]
+        assert not score(f"{echo}</think>{echo}", gold)[0]
+        assert not score(f"a</think><answer>{echo}</answer>", gold)[0]
+
+
+INVISIBLE = st.characters(categories=["C"]).filter(lambda c: not c.isspace())  # not seen, no space
+OTHERS = "\u3164\ufe0f\u034f"  # not seen either, though of other categories
+
+
+@for_all(
+    st.sampled_from(GOLDS), st.text(INVISIBLE | st.sampled_from(OTHERS), min_size=1), st.data()
+)
+def test_invisible_characters_earn_nothing(golds, unseen, data):
+    gold, _ = golds
+    place = data.draw(st.integers(0, len(gold)))
+    for text in (gold[:place] + unseen + gold[place:], unseen):
+        assert not is_correct(text, gold)
+        assert not score(f"a</think><answer>{text}</answer>", gold)[0]
 
 
 def test_answers_in_several_places_earn_nothing():
@@ -360,7 +418,7 @@ FORMATTED = [
 
 @pytest.mark.parametrize("text, formatted", FORMATTED)
 def test_has_format(text, formatted):
-    assert has_format(text) is formatted
+    assert score(text, "8")[1] is formatted
 
 
 def test_reward_adds_a_small_term_for_the_form():
@@ -391,17 +449,11 @@ def test_reward_takes_what_trl_hands_over():
 
 # ------------------------------------------------------------------------------- any text
 
-FRAGMENTS = ["<think>", "</think>", "<answer>", "</answer>", "<answer>8</answer>", "8", "9", "(B)",
-             " ", "\n", ".", ",", "%", "$", "] )", "the answer is ", "The final answer is: ",
-             "\\boxed{", "{", "}", "\\text{", "\\frac{1}{2}", "\\frac", "x^2", "y = ", "\\approx ",
-             "or", "1,234.0", "\u200b", "\u202e", "\x00", "\ud800", "答案", "ответ", "إجابة", "İß",
-             "²", "<|im_end|>", "é", "🦆", "−"]  # fmt: skip
-TEXT = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=20), max_size=12).map("".join)
 GOLD = st.sampled_from([gold for gold, _ in GOLDS]) | TEXT
 
 
-@given(TEXT)
-def extraction_gives_none_or_a_stripped_text(text):
+@for_all(TEXT)
+def test_extraction_gives_none_or_a_stripped_text(text):
     tagged, lenient = extract_answer(text), extract_agent_answer(text)
     for answer in (tagged, lenient):
         assert answer is None or (answer and answer == answer.strip() and answer in text)
@@ -409,56 +461,24 @@ def extraction_gives_none_or_a_stripped_text(text):
     assert tagged is None or tagged in text.rpartition("</think>")[2]
 
 
-@given(TEXT, GOLD)
-def correctness_is_a_boolean_and_the_gold_is_right(text, gold):
+@for_all(TEXT, GOLD)
+def test_correctness_is_a_boolean_and_the_gold_is_right(text, gold):
     assert is_correct(text, gold) in (True, False)
     assert is_correct(gold, gold) is rewards.visible(gold)
 
 
-@given(TEXT, GOLD)
-def the_reward_is_one_of_four_numbers(text, gold):
+@for_all(TEXT, GOLD)
+def test_the_reward_is_one_of_four_numbers(text, gold):
     assert reward([text], [gold])[0] in (0, 0.1, 1, 1.1)
     assert reward([[{"role": "assistant", "content": text}]], [gold]) == reward([text], [gold])
 
 
-@given(TEXT)
-def what_the_reasoning_says_or_echoes_changes_nothing(text):
+@for_all(TEXT)
+def test_what_the_reasoning_says_or_echoes_changes_nothing(text):
     assert score(f"{text}</think><answer>8</answer>", "8")[0]
     assert not score(f"{text}</think><answer>9</answer>", "8")[0]
     assert not score(f"{text}<answer>8</answer></think>", "8")[0]
     assert not score(f"</think><think>{text.replace('</think>', '')}<answer>8</answer>", "8")[0]
-
-
-@given(TEXT, st.sampled_from(GOLDS))
-def another_answer_in_the_tags_takes_the_credit_away(text, golds):
-    gold, other = golds
-    assert not is_correct(f"{gold} or {text}{other}", gold)
-    text = text.replace("<think>", "").replace("</think>", "")
-    assert not score(f"<answer>{gold}</answer>{text}<answer>{other}</answer>", gold)[0]
-
-
-PROPERTIES = [
-    extraction_gives_none_or_a_stripped_text,
-    correctness_is_a_boolean_and_the_gold_is_right,
-    the_reward_is_one_of_four_numbers,
-    what_the_reasoning_says_or_echoes_changes_nothing,
-    another_answer_in_the_tags_takes_the_credit_away,
-]
-
-
-def check(property, examples):
-    settings(max_examples=examples, deadline=None, database=None, derandomize=True)(property)()
-
-
-@pytest.mark.parametrize("property", PROPERTIES, ids=lambda p: p.__name__)
-def test_property(property):
-    check(property, 200)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("property", PROPERTIES, ids=lambda p: p.__name__)
-def test_property_at_length(property):
-    check(property, 10_000)
 
 
 MEGABYTE = 1_000_000
@@ -474,22 +494,17 @@ def test_a_megabyte_takes_a_fifth_of_a_second_at_most(repeated):
     # what is read as LaTeX has its own limit
     for text in [bomb, f"<answer>{bomb}</answer>", f"<think>{bomb}</think><answer>8</answer>",
                  f"the answer is {bomb}", f"\\boxed{{{bomb}}}"]:  # fmt: skip
-        for function in (extract_answer, extract_agent_answer, has_format,
+        for function in (extract_answer, extract_agent_answer,
                          lambda text: is_correct(text, "8"), lambda text: is_correct("8", text),
                          lambda text: reward([text], ["(B)"])):  # fmt: skip
-            seconds = 1.0
-            for _ in range(3):  # the best of three: the machine may be busy
-                start = time.perf_counter()
-                function(text)
-                seconds = min(seconds, time.perf_counter() - start)
-                if seconds < 0.2:
-                    break
-            assert seconds < 0.2, (text[:40], function)
+            start = time.process_time()  # of this process: the machine may be busy
+            function(text)
+            assert time.process_time() - start < 0.2, (text[:40], function)
 
 
 @pytest.mark.parametrize("repeated", REPEATED, ids=ascii)
 def test_an_answer_as_long_as_allowed_is_fast_too(repeated):
     text = (repeated * rewards.LONGEST_ANSWER)[: rewards.LONGEST_ANSWER]
-    start = time.perf_counter()
+    start = time.process_time()
     assert not any(is_correct(text, gold) for gold in ("8", "(B)", "Yes", "cat dog"))
-    assert time.perf_counter() - start < 0.2
+    assert time.process_time() - start < 0.2

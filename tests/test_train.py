@@ -98,6 +98,7 @@ def test_kl_is_k3():
 
 def step_settings(**changed):
     settings = dict(max_new_tokens=12, temperature=1.0, clip=0.2, kl_coef=0.0)
+    settings |= dict(questions_per_step=3, group_size=4)
     return SimpleNamespace(**{**settings, "tokens_per_batch": 10**6, **changed})
 
 
@@ -161,11 +162,12 @@ def test_every_question_comes_once_before_any_comes_twice():
 
 def test_parts_keep_to_their_budget():
     rng = random.Random(0)
-    for _ in range(50):
-        items = [rng.randint(1, 50) for _ in range(rng.randint(0, 30))]
-        parts = train.by_tokens(items, lambda x: x, 100)
+    for n in range(30):
+        items = [([0] * rng.randint(1, 40), [[0] * rng.randint(0, 10)]) for _ in range(n)]
+        parts = [list(zip(*columns)) for columns in train.by_tokens(items, 100)]
         assert sorted(x for part in parts for x in part) == sorted(items)
-        assert all(max(part) * len(part) <= 100 for part in parts)
+        sizes = [[len(prompt) + len(said) for prompt, [said] in part] for part in parts]
+        assert all(max(part) * len(part) <= 100 for part in sizes)
 
 
 ROW = {
@@ -186,18 +188,18 @@ def test_sft_examples_teach_the_right_response_and_the_turn_back(backtrack):
     for _ in range(50):
         messages, begin, target = train.sft_example(rng, ROW, args)
         users.add(messages[-1]["content"].count("Response "))
-        assert target.endswith("So the answer is 4. </think> <answer> 4 </answer>")
-        named = "Response 1: So the answer is 4." in target
-        assert named == ("Response 1: two twos" in messages[-1]["content"])
-        assert named or "two twos" in target  # alone: the reasoning itself
+        assert target.endswith("two twos. So the answer is 4. </think> <answer> 4 </answer>")
         assert target.startswith("Wait") == bool(backtrack)
         assert ("5." in begin or "22." in begin) == bool(backtrack)  # given, not learned
     assert users == {0, 2}
 
 
-def test_easy_questions_are_dropped():
+def test_easy_questions_are_dropped_but_for_a_share():
     rows = [{"right": [[True, True], [True, False]]}, {"right": [[True, False], [True, False]]}]
-    assert train.drop_easy(rows, 0.75) == rows[1:]
-    assert train.drop_easy(rows, 2) == rows
+    args = SimpleNamespace(easy_threshold=0.75, easy_share=0.0, seed=0)
+    assert train.drop_easy(args, rows) == (rows[1:], rows[1:])
     with pytest.raises(ValueError, match="easy"):
-        train.drop_easy(rows[:1], 0.75)
+        train.drop_easy(args, rows[:1])
+    args.easy_share = 0.25
+    hard, kept = train.drop_easy(args, rows * 800)
+    assert hard == rows[1:] * 800 and 150 < len(kept) - 800 < 250
