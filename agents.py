@@ -282,11 +282,6 @@ class Speaker:
         return out
 
 
-def default_device():
-    mps = "mps" if torch.backends.mps.is_available() else "cpu"
-    return "cuda" if torch.cuda.is_available() else mps
-
-
 def load(name, device="cpu", resting="", dtype=torch.float32):
     """A checkpoint by folder or hub name, with its tokenizer; a ValueError if there is none."""
     name = "tiny/leader" if name == "tiny" else name

@@ -7,8 +7,10 @@ import functools
 import json
 import os
 import re
+import resource
 import sys
 import threading
+import time
 from fractions import Fraction
 from subprocess import DEVNULL, PIPE, Popen
 
@@ -113,12 +115,9 @@ def same_latex(answer, gold):
             worker = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True)
             if worker.stdout.readline() != "ready\n":
                 raise RuntimeError("LaTeX answers need math-verify: pip install math-verify")
-        timer = threading.Timer(LATEX_SECONDS, worker.kill)
-        timer.start()
         print(json.dumps([answer, gold]), file=worker.stdin, flush=True)
         if reply := worker.stdout.readline():  # there is none if its time was up
             WORKERS[os.getpid()] = worker
-        timer.cancel()
     return reply == "True\n"
 
 
@@ -150,6 +149,9 @@ if __name__ == "__main__":  # the worker: a pair of formulas on a line, a reply 
     target = [LatexExtractionConfig(normalization_config=style)]
     print("ready", flush=True)
     for line in sys.stdin:
+        # then the system ends it, even in a long multiplication; a busy machine changes nothing
+        end = int(time.process_time()) + LATEX_SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (end, resource.RLIM_INFINITY))
         answer, gold = [parse(f"${t}$", target, parsing_timeout=None) for t in json.loads(line)]
         # with its default of 6 decimals, 0.0000001 would be 0.0000002
         print(verify(gold, answer, float_rounding=12, timeout_seconds=None), flush=True)

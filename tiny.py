@@ -234,10 +234,8 @@ AGENTS = {  # the misconceptions each holds; tasks without one it solves properl
     "agent2": ["mixes up and/or", "takes accusers for liars", "closes only the last bracket"],
     "agent3": ["mixes up and/or", "trusts nobody after a liar", "never turns"],
 }
-# How an agent words a worked solution, and how the leader does.
 said = lambda solution: "{} So the answer is {}.".format(*solution)
 led = lambda solution: f"<think> {said(solution)} </think> <answer> {solution[1]} </answer>"
-
 WORD = r"</?[a-z]+>|-?\d+|[A-Za-z]+|[^\sA-Za-z0-9]"
 SPECIAL = ["<pad>", "<unk>", "<|user|>", "<|assistant|>", "<|end|>"]
 TEMPLATE = (  # without the system message, as some real templates do
