@@ -14,7 +14,7 @@ import train
 
 SMALL = "--questions 20 --validation_questions 5 --sft_steps 3 --sft_batch 4 --steps 3 --rounds 2 "
 SMALL += "--questions_per_step 4 --group_size 3 --max_new_tokens 60 --eval_questions 10 "
-SMALL += "--validate_every 2 --save_steps 2"
+SMALL += "--validate_every 2 --save_steps 2 --kl_coef 0.1"
 
 
 def command(script, *words):

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
 from agents import sample
@@ -40,6 +41,28 @@ def test_shared_prompt_training_is_the_plain_one(model, prompts, g):
         torch.testing.assert_close(row[kept], expected, atol=1e-5, rtol=0)
     shared_gradient = gradient(model, (weights[:, None] * shared * mask).sum())
     assert (shared_gradient - plain_gradient).norm() < 1e-4 * plain_gradient.norm()
+
+
+def test_prompts_of_one_token_alone(model):
+    completions = [[[7, 8, 9], [10]], [[11, 12], [13, 14, 15, 16]]]
+    plain = plain_logprobs(model, [[5], [6]], completions)
+    shared, mask = train.completion_logprobs(model, [[5], [6]], completions)
+    for row, kept, expected in zip(shared, mask.bool(), plain):
+        torch.testing.assert_close(row[kept], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name, scale", [("granite", "logits_scaling"), ("cohere", "logit_scale")])
+def test_logits_that_a_model_scales_are_scaled_in_training_too(name, scale, prompts):
+    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    special = {scale: 0.25, "num_key_value_heads": 2, "vocab_size": 400, "pad_token_id": 0}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **size, **special, initializer_range=0.3)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    completions = [[[7, 8, 9], [10]] for _ in prompts]
+    plain = plain_logprobs(model, prompts, completions)
+    shared, mask = train.completion_logprobs(model, prompts, completions)
+    for row, kept, expected in zip(shared, mask.bool(), plain):
+        torch.testing.assert_close(row[kept], expected, atol=1e-4, rtol=0)
 
 
 def test_chunks_of_logits_change_nothing(model):
