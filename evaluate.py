@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean, pstdev, stdev
 from textwrap import indent
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in train.py
 
 import torch
 from tqdm import tqdm

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a busy machine threads that spin cost 10x
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait long for others shall sleep
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
