@@ -1,4 +1,4 @@
-"""The run's folder: files that are whole or absent, one run at a time, checkpoints and logs."""
+"""A run's folder (whole files, one run at a time), its training steps, its several processes."""
 
 import fcntl
 import json

@@ -8,7 +8,7 @@ of a million parameters on them, from scratch: ordinary checkpoints to the rest 
 The wording of the questions is that of BIG-Bench Hard, github.com/suzgunmirac/BIG-Bench-Hard:
 MIT License, Copyright (c) 2022 suzgunmirac (the whole notice: tiny_models/LICENSE-BIG-BENCH-HARD).
 
-    python tiny.py                          # makes tiny_models/ anew, in half an hour on two cores
+    python tiny.py                          # makes tiny_models/ anew, from scratch
     python tiny.py --exclude bbh/*.json     # first records which questions no model may see
 """
 
@@ -279,8 +279,8 @@ def lesson(rng, who):
     """One training example of that model: (messages, what it should say).
 
     School and agents solve puzzles, and refine: on what it knows an agent stands by its own way,
-    in the rest it takes the advice. The leader has heard every way of solving a puzzle, the right
-    one no more often than the misconceptions, and has not learned which to believe: alone it
+    in the rest it takes the advice. After school the leader hears every way of solving a puzzle,
+    the right one no more often than a misconception, and none to believe more: alone it
     solves it in any of these ways, and of the responses in its prompt it follows one at random.
     """
     question, solutions = draw(rng, "train", rng.choice([*TASKS, "navigate"]))  # the hardest

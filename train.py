@@ -159,7 +159,7 @@ def propose(args, path, team, tasks, n):
 
 def drop_easy(args, rows):
     """(hard questions, the same and a share of the easy ones). Easy is what the team answers
-    already; MLPO on the hard ones alone would learn what they have in common: see the README."""
+    already; MLPO on the hard ones alone may learn what they have in common: see the README."""
     rng, right = random.Random(args.seed), lambda row: sum(row["right"], [])  # of all agents
     easy = lambda row: right(row) and fmean(right(row)) >= args.easy_threshold
     hard = [row for row in rows if not easy(row)]
