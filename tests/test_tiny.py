@@ -10,6 +10,7 @@ import agents
 import tiny
 from data import load_tasks
 from rewards import extract_agent_answer, is_correct
+from tiny_models import make
 
 DRAWS = 300
 BBH = [SHARED / "bbh" / f"{task}.json" for task in tiny.TASKS]
@@ -65,7 +66,7 @@ def test_the_right_solution_is_right_and_misconceptions_often_are_not(task):
         question, solutions = tiny.TASKS[task](rng)
         expected = right_answer(task, question)
         for solver, solution in solutions.items():
-            said = tiny.said(solution)
+            said = make.said(solution)
             answer = extract_agent_answer(said)
             assert is_correct(answer, solution[1]), said
             wrong[solver] = wrong.get(solver, 0) + (not is_correct(answer, expected)) / DRAWS
@@ -110,7 +111,7 @@ def test_lessons_never_show_what_is_held_out():
     rng = random.Random(0)
     for who in ("school", "leader", "agent1"):
         for _ in range(100):
-            messages, _ = tiny.lesson(rng, who)
+            messages, _ = make.lesson(rng, who)
             for question in re.findall(r"Question: (.*)", messages[1]["content"], re.DOTALL):
                 assert tiny.split_of(question) == "train"
 
@@ -122,20 +123,20 @@ def test_tokenizer_survives_saving_and_says_what_it_read(tokenizer, tmp_path):
     for task in tiny.TASKS:
         for _ in range(50):
             question, solutions = tiny.TASKS[task](rng)
-            for text in (question, tiny.led(solutions["right"])):
+            for text in (question, make.led(solutions["right"])):
                 ids = again(text)["input_ids"]
                 assert ids == tokenizer(text)["input_ids"] and tokenizer.unk_token_id not in ids
                 assert again(again.decode(ids))["input_ids"] == ids
 
 
-@pytest.mark.parametrize("who", tiny.AGENTS)
+@pytest.mark.parametrize("who", make.AGENTS)
 def test_agents_hold_misconceptions_that_exist_and_one_a_task_at_most(who):
     solvers = [set(puzzle(random.Random(0))[1]) for puzzle in tiny.TASKS.values()]
-    held = [len(of_task & set(tiny.AGENTS[who])) for of_task in solvers]
-    assert sum(held) == len(tiny.AGENTS[who]) and max(held) == 1
+    held = [len(of_task & set(make.AGENTS[who])) for of_task in solvers]
+    assert sum(held) == len(make.AGENTS[who]) and max(held) == 1
 
 
-@pytest.mark.parametrize("who", tiny.AGENTS)
+@pytest.mark.parametrize("who", make.AGENTS)
 def test_shipped_agents_are_who_they_are_said_to_be(who):
     """Good at their own tasks, and true to their misconception in the others."""
     agent, rng = agents.load(f"tiny/{who}"), random.Random(1)
@@ -143,7 +144,7 @@ def test_shipped_agents_are_who_they_are_said_to_be(who):
     for task in tiny.TASKS:
         puzzles = [tiny.draw(rng, "test", task) for _ in range(30)]
         prompts = [agents.agent_messages(question) for question, _ in puzzles]
-        solver = next((held for held in tiny.AGENTS[who] if held in puzzles[0][1]), "right")
+        solver = next((held for held in make.AGENTS[who] if held in puzzles[0][1]), "right")
         answers = [a[0].text for a in agent.answer(prompts, 1, 0, 120)]
         agreed = [
             is_correct(extract_agent_answer(text), solutions[solver][1])
@@ -158,8 +159,8 @@ def test_making_the_models_goes_on_where_it_was_stopped(tmp_path, tokenizer):
         work = tmp_path / str(len(stops))
         work.mkdir()
         for steps in stops:
-            model = tiny.study(
-                "agent1", tiny.build_model(tokenizer), tokenizer, work, steps, size=2
+            model = make.study(
+                "agent1", make.build_model(tokenizer), tokenizer, work, steps, size=2
             )
         weights.append(torch.cat([p.flatten() for p in model.parameters()]))
     assert torch.equal(*weights)
