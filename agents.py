@@ -101,7 +101,7 @@ def stop_ids(model, tokenizer):
     return sorted(found - {None})
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(
     model, tokenizer, prompts, n=1, temperature=1.0, max_new_tokens=256, room=2**15, bar=None
 ):
@@ -145,7 +145,7 @@ def _sample_batch(model, tokenizer, prompts, n, temperature, max_new_tokens):
     lengths, done = torch.zeros_like(row), torch.zeros_like(row, dtype=torch.bool)
     for t in range(max_new_tokens):
         logp = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
-        token = torch.multinomial(logp.exp(), 1)[:, 0] if temperature else logp.argmax(-1)
+        token = draw(logp) if temperature else logp.argmax(-1)
         tokens[row, t], logprobs[row, t] = token, logp.gather(1, token[:, None])[:, 0]
         lengths[row] += ~done  # what is still drawn for finished rows is cut off in the end
         done = done | torch.isin(token, ends)
@@ -165,6 +165,14 @@ def _sample_batch(model, tokenizer, prompts, n, temperature, max_new_tokens):
         text = tokenizer.decode(ids[:k], skip_special_tokens=True)
         out.append(Completion(text, ids[:k], logps[:k], ids[k - 1] in stop, prompts[i // n]))
     return out
+
+
+def draw(logp):
+    """One token for each row of log-probabilities, (rows, V): that on whose share of (0, 1] one
+    random number falls. torch.multinomial does the same with V random numbers a row."""
+    cdf = logp.exp().cumsum(-1)  # (rows, V)
+    place = cdf[:, -1:] * (1 - torch.rand(len(cdf), 1, device=cdf.device))
+    return torch.searchsorted(cdf, place)[:, 0]
 
 
 def pad(rows, device, side):
@@ -208,7 +216,7 @@ class SharedPromptCache:
         buffer = lambda x: x.new_empty(len(x) * n, x.shape[1], room, x.shape[3])
         self.prompt = [(layer.keys, layer.values) for layer in cache.layers]  # (B, heads, P, d)
         self.own = [(buffer(k), buffer(v)) for k, v in self.prompt]  # (rows, heads, room, d)
-        self.bias = mask.float().log()[:, None, None, None]  # 0, and -inf at the padding
+        self.bias = mask.float().log()[:, None, None]  # (B, 1, 1, P): 0, and -inf at the padding
         self.length = 0
 
     def step(self, model, token, positions):
@@ -224,8 +232,9 @@ class SharedPromptCache:
 
     def keep(self, rows, groups):
         self.own = [(keys[rows], values[rows]) for keys, values in self.own]
-        self.prompt = [(keys[groups], values[groups]) for keys, values in self.prompt]
-        self.bias = self.bias[groups]
+        if not groups.all():
+            self.prompt = [(keys[groups], values[groups]) for keys, values in self.prompt]
+            self.bias = self.bias[groups]
 
 
 def shared_prompt_attention(module, query, key, value, _, scaling=None, shared_prompt=None, **kw):
@@ -239,15 +248,16 @@ def shared_prompt_attention(module, query, key, value, _, scaling=None, shared_p
     for buffer, new in zip(own, (key, value)):
         buffer[:, :, end - 1] = new[:, :, 0]
     (b, h, p, d), (rows, heads) = prompt_keys.shape, query.shape[:2]
-    # b prompts, g rows of each; h key-value heads, r query heads of each; p, t tokens
-    query = (query * scaling).reshape(b, rows // b, h, heads // h, d)
-    own_keys, own_values = (x[:, :, :end].view(b, rows // b, h, end, -1) for x in own)
-    to_prompt = torch.einsum("bghrd,bhpd->bghrp", query, prompt_keys) + shared_prompt.bias
-    to_own = torch.einsum("bghrd,bghtd->bghrt", query, own_keys)
+    g, r = rows // b, heads // h  # rows of each of b prompts, query heads of each of h kv heads
+    own_keys, own_values = own[0][:, :, :end], own[1][:, :, :end]  # (rows, h, t, d)
+    group = lambda x: x.view(b, g, h, r, -1).transpose(1, 2).reshape(b, h, g * r, -1)
+    apart = lambda x: x.view(b, h, g, r, -1).transpose(1, 2).reshape(rows, h, r, -1)
+    query = (query * scaling).view(rows, h, r, d)
+    to_prompt = group(query) @ prompt_keys.transpose(2, 3) + shared_prompt.bias  # (b, h, g r, p)
+    to_own = group(query @ own_keys.transpose(2, 3))  # (b, h, g r, t)
     weights = torch.cat([to_prompt, to_own], dim=-1).float().softmax(dim=-1).to(value.dtype)
-    out = torch.einsum("bghrp,bhpd->bghrd", weights[..., :p], prompt_values)
-    out = out + torch.einsum("bghrt,bghtd->bghrd", weights[..., p:], own_values)
-    return out.reshape(rows, 1, heads, -1), None
+    out = apart(weights[..., :p] @ prompt_values) + apart(weights[..., p:]) @ own_values
+    return out.reshape(rows, 1, heads, d), None
 
 
 AttentionInterface.register("shared_prompt", shared_prompt_attention)

@@ -223,3 +223,21 @@ def test_frozen_agents_are_bf16_on_a_gpu(monkeypatch, prompts):
     assert agent.model.dtype == torch.bfloat16 and on_cpu("tiny", "cuda").model.dtype.itemsize == 4
     for [completion] in agent.answer(prompts, max_new_tokens=5):
         assert completion.ids
+
+
+def test_tokens_are_drawn_as_often_as_they_are_probable():
+    torch.manual_seed(0)
+    p = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    drawn = agents.draw(p.log().expand(200_000, -1))
+    shares = torch.bincount(drawn, minlength=6) / 200_000
+    assert (shares[p == 0] == 0).all()  # an impossible token is never drawn
+    assert torch.allclose(shares, p, atol=0.005)
+
+
+def test_the_ends_of_the_range_are_possible_tokens(monkeypatch):
+    logp = torch.tensor([[0.0, 0.5, 0.5, 0.0]]).log()
+    for number, token in ((0.0, 2), (1 - 2**-24, 1)):  # what torch.rand may return
+        monkeypatch.setattr(
+            torch, "rand", lambda *size, number=number, **_: torch.full(size, number)
+        )
+        assert agents.draw(logp).tolist() == [token]
