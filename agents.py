@@ -171,6 +171,8 @@ def draw(logp):
     """One token for each row of log-probabilities, (rows, V): that on whose share of (0, 1] one
     random number falls. torch.multinomial does the same with V random numbers a row."""
     cdf = logp.exp().cumsum(-1)  # (rows, V)
+    if not cdf[:, -1].isfinite().all():
+        raise ValueError("a model's probabilities are not finite: was its learning rate too high?")
     place = cdf[:, -1:] * (1 - torch.rand(len(cdf), 1, device=cdf.device))
     return torch.searchsorted(cdf, place)[:, 0]
 

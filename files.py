@@ -6,11 +6,13 @@ import os
 import shutil
 import signal
 import sys
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 
@@ -26,11 +28,16 @@ def write(path, save):
         return
     temporary = Path(f"{path}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # a folder left by a run that was killed
-    save(temporary)
-    for file in temporary.glob("*") if temporary.is_dir() else [temporary]:
-        with open(file) as handle:
-            os.fsync(handle)
-    os.replace(temporary, path)
+    try:
+        save(temporary)
+        for file in temporary.glob("*") if temporary.is_dir() else [temporary]:
+            with open(file) as handle:
+                os.fsync(handle)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors: their own
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        reason = f"{error}".split("\n")[0]
+        raise ValueError(f"cannot write {path}: {reason}; make room, then --resume") from error
 
 
 def write_text(path, text):
@@ -47,9 +54,14 @@ def read_json(path):
 
 def append_jsonl(path, rows):
     """Add rows at the end; they are on disk when this returns."""
-    with open(path, "ab", buffering=0) as file:  # one write: processes do not mix their lines
-        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        os.fsync(file)
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    try:
+        with open(path, "ab", buffering=0) as file:  # one write: processes do not mix their lines
+            if file.write(data) < len(data):
+                raise OSError("only half of it fitted")
+            os.fsync(file)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error}; make room, then --resume") from error
 
 
 def read_jsonl(path):
@@ -70,13 +82,26 @@ def save_leader(folder, leader):
 
 
 def save_checkpoint(path, state):
-    write(path, lambda temporary: torch.save(state, temporary))
+    """The one before stays as `checkpoint.pt.previous`, for the day when this one is damaged."""
+    write(f"{path}.new", lambda temporary: torch.save(state, temporary))
+    if rank() == 0:
+        if Path(path).exists():
+            os.replace(path, f"{path}.previous")
+        os.replace(f"{path}.new", path)
 
 
 def load_checkpoint(path):
-    """What was saved there, or None. Nothing is unpickled but tensors."""
-    if Path(path).exists():
-        return torch.load(path, map_location="cpu", weights_only=True)
+    """What was saved there, or before that, or None. Nothing is unpickled but tensors."""
+    for file in (path, f"{path}.previous"):
+        try:
+            if zipfile.ZipFile(file).testzip():  # torch itself checks no sums
+                raise ValueError("wrong checksum")
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except FileNotFoundError:  # the second, if a kill came between its two renamings
+            continue
+        except Exception as error:  # what a damaged file raises depends on where it is damaged
+            reason = f"{type(error).__name__}: {error}".split("\n")[0][:80]
+            print(f"{file} is damaged ({reason}): going on from the one before, if there is one")
 
 
 def open_run(folder, config, resume):
@@ -106,15 +131,24 @@ def open_run(folder, config, resume):
     return run
 
 
+# a policy that collapses: name in the log, what is wrong if 10 steps in a row say so, what to try
+ALARMS = (
+    ("format", lambda x: x < 0.1, "hardly an answer is in the form: lower --lr, more --sft_steps"),
+    ("entropy", lambda x: x < 0.002, "all samples are alike: lower --lr, a --kl_coef of 0.01"),
+    ("flat", lambda x: x == 1, "groups all right or all wrong: other questions, --group_size up"),
+)
+
+
 class Trainer:
     """What SFT and MLPO share: AdamW, its schedule, checkpoints, and a log line per step."""
 
     def __init__(self, args, run, model, phase, total, lr):
         self.args, self.run, self.model, self.phase, self.total = args, run, model, phase, total
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-        self.peak, self.step, self.bad = lr, 0, 0
-        if (state := load_checkpoint(run / "checkpoint.pt")) and state["phase"] == phase:
-            self.step = state["step"]
+        self.peak, self.step, self.bad, self.recent = lr, 0, 0, []
+        self.saved, path = "there is none", run / "checkpoint.pt"
+        if (state := load_checkpoint(path)) and state["phase"] == phase:
+            self.step, self.saved = state["step"], f"{path}, after step {state['step']}"
             model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
         # what was logged after that checkpoint is going to happen again
@@ -134,6 +168,7 @@ class Trainer:
                 state = {"phase": self.phase, "step": step + 1, "model": self.model.state_dict()}
                 state |= {"optimizer": self.optimizer.state_dict()}
                 save_checkpoint(self.run / "checkpoint.pt", state)
+                self.saved = f"{self.run / 'checkpoint.pt'}, after step {step + 1}"
             if pressed:
                 raise KeyboardInterrupt
         signal.signal(signal.SIGINT, usual)
@@ -147,10 +182,13 @@ class Trainer:
         self.optimizer.param_groups[0]["lr"] = rate
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.bad = 0 if norm.isfinite() else self.bad + 1  # this many steps were skipped
-        if self.bad == 5:
-            raise ValueError("5 steps in a row without a finite gradient: lower the learning rate")
         if self.bad == 0:
             self.optimizer.step()
+        else:
+            self.say(f"step {self.step} is skipped: its gradient is not finite")
+        if self.bad == 5:
+            what = f"5 steps in a row without a finite gradient in {self.phase}: lower its rate"
+            raise ValueError(f"{what}, in another --out. The last checkpoint: {self.saved}")
         self.optimizer.zero_grad()
         return {"grad_norm": norm.item(), "lr": rate}
 
@@ -160,8 +198,17 @@ class Trainer:
         row |= {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in values.items()}
         if rank() == 0:
             append_jsonl(self.run / "metrics.jsonl", [{**row, "during": self.phase}])
-            if phase or self.step % 5 == 0:
-                tqdm.write("  ".join(f"{name} {value}" for name, value in row.items()))
+        if phase or self.step % 5 == 0:
+            self.say("  ".join(f"{name} {value}" for name, value in row.items()))
+        if not phase:
+            self.recent.append(row)
+            for name, wrong, advice in ALARMS if len(self.recent) % 10 == 0 else ():
+                if all(name in past and wrong(past[name]) for past in self.recent[-10:]):
+                    self.say(f"WARNING: for 10 steps {name} was {row[name]} or so: {advice}")
+
+    def say(self, text):
+        if rank() == 0:
+            tqdm.write(text)
 
 
 # --------------------------------------------------------------------------- several processes

@@ -1,9 +1,12 @@
 """The real commands, as a user would type them, with very small settings."""
 
 import json
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -87,6 +90,61 @@ def test_an_unfinished_run_is_left_alone_and_resumed_to_the_same_weights(run, tm
         for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     ]
     assert len(steps) == len(set(steps)) == 3 + 3 + 3
+
+
+# what is on disk when a phase has begun
+PHASES = {"proposals": "proposals.jsonl", "sft": "prompts.jsonl", "mlpo": "leader_sft"}
+PHASES["evaluation"] = "leader"
+
+
+def interrupt(folder, phase, delay, how=signal.SIGKILL):
+    """Start the run, or go on with it, and hit it `delay` seconds into the phase."""
+    resume = ["--resume"] if (folder / "config.json").exists() else []
+    words = [sys.executable, str(ROOT / "train.py"), *SMALL.split(), "--out", str(folder), *resume]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (folder / PHASES[phase]).exists():
+        time.sleep(0.02)
+    time.sleep(delay)
+    process.send_signal(how)
+    said = process.communicate(timeout=120)
+    assert phase == "evaluation" or process.returncode not in (0, 1), said
+    return process.returncode, said[1]
+
+
+def finish_and_compare(folder, whole):
+    """Resume to the end: all that was made and logged is that of the run nobody interrupted."""
+    resume = ["--resume"] if (folder / "config.json").exists() else []
+    done = command("train.py", *SMALL.split(), "--out", folder, *resume)
+    assert done.returncode == 0, done.stderr
+    for name in ("leader", "leader_sft"):
+        mine, theirs = (f / name / "model.safetensors" for f in (folder, whole))
+        assert mine.read_bytes() == theirs.read_bytes(), name
+    took = ("sampling", "training", "tokens_per_s")
+    for name in ("metrics.jsonl", "proposals.jsonl", "prompts.jsonl"):
+        mine, theirs = ([json.loads(x) for x in open(f / name)] for f in (folder, whole))
+        for row in mine + theirs:
+            [row.pop(key, None) for key in took]
+        assert mine == theirs, name
+    mine, theirs = (json.loads((f / "results.json").read_text())["rows"] for f in (folder, whole))
+    assert mine == theirs
+
+
+def test_killed_twice_and_stopped_by_ctrl_c_a_run_is_the_same_run(run, tmp_path):
+    folder = tmp_path / "run"
+    interrupt(folder, "proposals", 0)
+    status, said = interrupt(folder, "mlpo", 0.3, signal.SIGINT)
+    assert status == 2 and "--resume goes on" in said and "Traceback" not in said
+    interrupt(folder, "evaluation", 0.5)
+    finish_and_compare(folder, run[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(10))
+def test_killed_at_any_moment_a_run_is_the_same_run(number, run, tmp_path):
+    rng, folder = random.Random(number), tmp_path / "run"
+    for phase in rng.sample(list(PHASES), 2) if number > 3 else [list(PHASES)[number]]:
+        interrupt(folder, phase, rng.uniform(0, 2))
+    finish_and_compare(folder, run[0])
 
 
 def test_plain_grpo_and_shared_proposals(run, tmp_path):
