@@ -363,6 +363,24 @@ def deliberate(
     return history
 
 
+def later_rounds(leader, team, rows, said, rounds, **how):
+    """For training: let rounds[i] rounds pass on rows[i], as above but with a leader that samples.
+    It reads said[i], {agent's number: response}, and these agents refine: `said` then holds their
+    new responses. Returns all that was written meanwhile."""
+    written = []
+    for t in range(max(rounds)):
+        left = [(row["question"], s) for row, s, n in zip(rows, said, rounds) if n > t and s]
+        outputs = leader.answer([leader_messages(q, s.values()) for q, s in left], 1, **how)
+        written += outputs
+        for k, agent in enumerate(team):
+            mine = [(q, s, c.text) for (q, s), [c] in zip(left, outputs) if k in s]
+            refined = agent.answer([agent_messages(q, s[k], text) for q, s, text in mine], 1, **how)
+            written += refined
+            for (_, s, _), [c] in zip(mine, refined):
+                s[k] = c.text
+    return [c for [c] in written]
+
+
 def check_context(speaker, questions, quoted, max_new_tokens):
     """ValueError if a question, `quoted` texts of others and a completion may be too long."""
     room = getattr(speaker.model.config, "max_position_embeddings", None) or math.inf

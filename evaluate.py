@@ -118,9 +118,8 @@ def open_run(run, **options):
         raise ValueError(f"{run} is no run: it has no config.json of train.py") from None
     if not (run / "leader").is_dir():  # what training writes last
         raise ValueError(f"{run} is unfinished: repeat its command with --resume added")
-    for name in ("rounds", "eval_questions"):
-        if config[name] < 1:
-            raise ValueError(f"--{name} must be at least 1, not {config[name]}")
+    if config["rounds"] < 1:
+        raise ValueError(f"--rounds must be at least 1, not {config['rounds']}")
     stages = {"untrained": config["leader"]}
     if config["sft_steps"]:
         stages["sft"] = str(run / "leader_sft")
@@ -131,10 +130,12 @@ def open_run(run, **options):
 
 def test_questions(config):
     """The same questions for every run, less those that this run was trained on."""
-    dataset, trained_on = config["dataset"], config["trained_on"]
+    dataset, trained_on, n = config["dataset"], config["trained_on"], config["eval_questions"]
+    if n < 1:  # a run may have been left unevaluated
+        raise ValueError(f"--eval_questions must be at least 1, not {n}")
     # benchmarks have a test split, and so has what was trained on; a file of one's own is all test
     own = Path(dataset).exists() and dataset not in ("tiny", "gsm8k", *data.BENCHMARKS, trained_on)
-    tasks = list(data.load_tasks(dataset, "all" if own else "test", config["eval_questions"], SEED))
+    tasks = list(data.load_tasks(dataset, "all" if own else "test", n, SEED))
     train = data.load_tasks(trained_on, "train", config["questions"], config["seed"])
     seen = {data.fingerprint(question) for question in train["question"]}
     kept = [task for task in tasks if data.fingerprint(task["question"]) not in seen]
@@ -143,6 +144,17 @@ def test_questions(config):
     if len(kept) < len(tasks):
         print(f"{len(tasks) - len(kept)} of {len(tasks)} questions were in training: left out")
     return kept
+
+
+def validate(args, leader, rows):
+    """While it trains: right answers to questions never trained on, alone and with the team."""
+    accuracy, said = {}, [sum(row["responses"], []) for row in rows]  # one of each agent
+    for mode, team in {"alone": [()] * len(rows), "team": said}.items():
+        prompts = [agents.leader_messages(r["question"], texts) for r, texts in zip(rows, team)]
+        if any(team) or mode == "alone":
+            outputs = leader.answer(prompts, 1, 0, args.max_new_tokens)
+            accuracy[mode] = fmean(is_right("leader", r, cs) for r, cs in zip(rows, outputs))
+    return accuracy
 
 
 def load(config, leader, questions):

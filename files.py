@@ -52,6 +52,10 @@ def read_json(path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def write_jsonl(path, rows):
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def append_jsonl(path, rows):
     """Add rows at the end; they are on disk when this returns."""
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -113,7 +117,8 @@ def open_run(folder, config, resume):
             if name not in free and old.get(name) != value:
                 problem = f"holds another run, whose {name} is {old.get(name)!r}, not {value!r}"
                 raise ValueError(f"--out {run} {problem}: name another folder")
-        if not resume and not (run / "results.json").exists():
+        end = "results.json" if config.get("eval_questions", 1) else "leader"  # what comes last
+        if not resume and not (run / end).exists():
             raise ValueError(f"--out {run} holds an unfinished run: add --resume to go on with it")
     elif run.exists() and (not run.is_dir() or any(p.name != "lock" for p in run.iterdir())):
         raise ValueError(f"--out {run} is not empty and holds no run: name another folder")
@@ -154,7 +159,7 @@ class Trainer:
         # what was logged after that checkpoint is going to happen again
         rows = read_jsonl(run / "metrics.jsonl")
         rows = [row for row in rows if row["during"] != phase or row["step"] < self.step]
-        write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(run / "metrics.jsonl", rows)
 
     def steps(self):
         """The numbers of the steps still to do; a checkpoint every `save_steps` of them, and when

@@ -4,12 +4,10 @@
     python train.py --agents none --out runs/grpo   # plain GRPO on the leader alone
     torchrun --standalone --nproc_per_node=2 train.py   # several GPUs, or processes
 
-Read `main` first: it is the method. Then, in this file: the proposals, SFT, the MLPO step, and
-the functions that are GRPO (`group_advantages`, `completion_logprobs`, `grpo_loss`).
+Read `main` first: it is the method. Then the proposals, SFT, the MLPO step, GRPO's functions.
 """
 
 import copy
-import json
 import math
 import os
 import random
@@ -36,7 +34,7 @@ from rewards import extract_agent_answer, is_correct, reward, score
 
 option = lambda default, text: HfArg(default_factory=lambda: default, help=text)
 # bounds of these numbers; by itself a whole number is at least 1, and any other not negative
-LEAST = {"seed": 0, "sft_steps": 0, "steps": 0, "warmup": 0, "group_size": 2}
+LEAST = {"seed": 0, "sft_steps": 0, "steps": 0, "warmup": 0, "group_size": 2, "eval_questions": 0}
 LEAST |= {"temperature": 1e-3, "lr": 1e-12, "sft_lr": 1e-12}
 MOST = {"team_dropout": 1, "backtrack": 1, "easy_share": 1}
 
@@ -67,6 +65,9 @@ class Arguments:
     lr: float = option(1e-4, "learning rate of MLPO; about 1e-6 for models of 0.5B up")
     warmup: int = option(10, "steps of linear warm-up")
     team_dropout: float = option(0.33, "share of questions asked without the team")
+    random_team: bool = option(False, "each prompt's team: some of the agents, in random order")
+    train_rounds: int = option(1, "train on this many of the first rounds (the paper: 1)")
+    paper: bool = option(False, "the paper's setting of the last three, and of easy_share")
     clip: float = option(0.2, "epsilon of the clipped probability ratio")
     kl_coef: float = option(0.0, "weight of the KL to the leader as it was before MLPO")
     scale_rewards: bool = option(False, "divide advantages by the group's standard deviation")
@@ -75,7 +76,7 @@ class Arguments:
     resume: bool = option(False, "go on with the unfinished run in --out")
     validate_every: int = option(25, "MLPO steps between looks at the validation questions")
     validation_questions: int = option(100, "how many of them")
-    eval_questions: int = option(200, "test questions of the final evaluation")
+    eval_questions: int = option(200, "test questions of the final evaluation; 0 skips it")
     rounds: int = option(5, "T, rounds of leader and team in the final evaluation")
 
 
@@ -90,6 +91,8 @@ def parse(argv=None):
             raise ValueError(f"--{name} must be from {least} to {most}, not {value}")
     if args.proposals and not Path(args.proposals).is_file():
         raise ValueError(f"--proposals {args.proposals}: no such file; name a proposals.jsonl")
+    if args.paper:  # round 0 of the whole team, in its order, on every hard question
+        args.easy_share, args.team_dropout, args.random_team, args.train_rounds = 0.0, 0.0, False, 1
     gpu = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps or None
     args.device = args.device or str(gpu or "cpu")
     if not agents.team_names(args.agents):  # plain GRPO: nobody to listen to, or to learn from
@@ -112,14 +115,15 @@ def main(argv=None):
         rows = propose(args, args.proposals or run / "proposals.jsonl", team, tasks, args.samples)
         held_out = propose(args, run / "validation.jsonl", team, held, 1)
         hard, kept = drop_easy(args, rows)
-        rng, keys, share = random.Random(args.seed), ("answer", "task"), args.team_dropout
-        lines = [{"prompt": leader_prompt(rng, r, share), **{k: r[k] for k in keys}} for r in kept]
-        files.write_text(run / "prompts.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+        rng, texts = random.Random(args.seed), lambda row: pick_responses(rng, row, args).values()
+        prompts = [agents.leader_messages(row["question"], texts(row)) for row in kept]
+        lines = [dict(prompt=p, answer=r["answer"], task=r["task"]) for p, r in zip(prompts, kept)]
+        files.write_jsonl(run / "prompts.jsonl", lines)
         if args.sft_steps and not sft_done:
             sft(args, run, leader, hard)
         if not (run / "leader").exists():
-            mlpo(args, run, leader, kept, held_out)
-    if files.rank() == 0:
+            mlpo(args, run, leader, team, kept, held_out)
+    if files.rank() == 0 and args.eval_questions:
         evaluate.evaluate_run(run)
 
 
@@ -177,7 +181,7 @@ def sft_example(rng, row, args):
     given, not learned: the leader learns to turn back from errors, not to make them."""
     said = [list(zip(*agent)) for agent in zip(row["responses"], row["right"])]  # (text, right)
     team, cached = [rng.choice(pairs) for pairs in said], sum(said, [])
-    team = [] if rng.random() < max(0.5, args.team_dropout) else team
+    team = [] if rng.random() < max(0.5, args.team_dropout) else some_of(rng, team, args)
     # those in the prompt if there is one, else any; "" if there is none at all
     fits = lambda pairs, wanted: [text for text, right in pairs if right == wanted]
     pick = lambda wanted: rng.choice(fits(team, wanted) or fits(cached, wanted) or [""])
@@ -211,18 +215,23 @@ def sft(args, run, leader, rows):
     files.save_leader(run / "leader_sft", leader)
 
 
-def mlpo(args, run, leader, rows, held_out):
+def mlpo(args, run, leader, team, rows, held_out):
     """Phase 2: GRPO on the leader, with the team's cached responses in its prompt."""
     reference = copy.deepcopy(leader.model).requires_grad_(False) if args.kl_coef else None
     trainer = files.Trainer(args, run, leader.model, "mlpo", args.steps, args.lr)
+    how = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
     for step in trainer.steps():
         if step % args.validate_every == 0:
-            trainer.log("validation", **validate(args, leader, held_out))
+            trainer.log("validation", **evaluate.validate(args, leader, held_out))
         rng, began = seed_everything(args.seed, "mlpo", step), time.time()
         batch = nth_batch(rows, step, args.questions_per_step, args.seed)
-        prompts = files.share([leader_prompt(rng, row, args.team_dropout) for row in batch])
-        groups = leader.answer(prompts, args.group_size, args.temperature, args.max_new_tokens)
-        sampled, asked = time.time(), list(zip(groups, files.share(batch)))  # G completions each
+        said = files.share([pick_responses(rng, row, args) for row in batch])
+        rounds = files.share([rng.randrange(args.train_rounds) for _ in batch])
+        batch = files.share(batch)  # of each step's questions every process has its share
+        extra = agents.later_rounds(leader, team, batch, said, rounds, **how)
+        prompts = [agents.leader_messages(r["question"], s.values()) for r, s in zip(batch, said)]
+        groups = leader.answer(prompts, args.group_size, **how)
+        sampled, asked = time.time(), list(zip(groups, batch))  # G completions each
         rewards = [reward([c.text for c in g], [row["answer"]] * len(g)) for g, row in asked]
         advantages = group_advantages(torch.tensor(rewards), args.scale_rewards)  # (questions, G)
         for _ in range(args.updates):
@@ -230,8 +239,9 @@ def mlpo(args, run, leader, rows, held_out):
             stats |= trainer.update()
         stats |= {"sampling": sampled - began, "training": time.time() - sampled}
         stats |= describe(files.gather(list(zip(asked, rewards))))
+        stats["tokens"] += sum(files.gather([len(c.prompt_ids) + len(c.ids) for c in extra]))
         trainer.log(**stats, tokens_per_s=stats["tokens"] / (time.time() - began))
-    trainer.log("validation", **validate(args, leader, held_out))
+    trainer.log("validation", **evaluate.validate(args, leader, held_out))
     files.save_leader(run / "leader", leader)
 
 
@@ -241,10 +251,17 @@ def nth_batch(rows, step, size, seed):
     return [order(n // len(rows))[n % len(rows)] for n in range(step * size, (step + 1) * size)]
 
 
-def leader_prompt(rng, row, dropout):
-    """One proposal of each agent, then the question; or, to practise that too, it alone."""
-    team = [] if rng.random() < dropout else [rng.choice(texts) for texts in row["responses"]]
-    return agents.leader_messages(row["question"], team)
+def pick_responses(rng, row, args):
+    """{agent's number: one of its proposals}; or nobody's, so that the leader practises alone."""
+    if rng.random() < args.team_dropout:
+        return {}
+    team = [(k, rng.choice(texts)) for k, texts in enumerate(row["responses"])]
+    return dict(some_of(rng, team, args))
+
+
+def some_of(rng, team, args):
+    """--random_team: some of it, in any order: the leader can learn neither who it is nor seats."""
+    return rng.sample(team, rng.randint(1, len(team))) if args.random_team else team
 
 
 def group_advantages(rewards, scale=False):
@@ -369,16 +386,6 @@ def describe(step):
         "flat": fmean(len({right for right, _ in group}) == 1 for group in scores),
         "tokens": sum(len(g[0].prompt_ids) + sum(len(c.ids) for c in g) for (g, _), _ in step),
     }
-
-
-def validate(args, leader, rows):
-    """Accuracy on questions that are never trained on, greedy: alone, and with the team."""
-    accuracy = {}
-    for mode in ["alone", "team"] if rows[0]["responses"] else ["alone"]:
-        prompts = [leader_prompt(random, row, mode == "alone") for row in rows]
-        said = leader.answer(prompts, 1, 0, args.max_new_tokens)
-        accuracy[mode] = fmean(evaluate.is_right("leader", r, a) for r, a in zip(rows, said))
-    return accuracy
 
 
 if __name__ == "__main__":

@@ -241,3 +241,41 @@ def test_the_ends_of_the_range_are_possible_tokens(monkeypatch):
             torch, "rand", lambda *size, number=number, **_: torch.full(size, number)
         )
         assert agents.draw(logp).tolist() == [token]
+
+
+class Counting:
+    """Says who it is and how often it was asked; keeps the prompts."""
+
+    def __init__(self, name):
+        self.name, self.asked = name, []
+
+    def answer(self, prompts, n, temperature, max_new_tokens):
+        self.asked.append([[message["content"] for message in prompt] for prompt in prompts])
+        said = f"{self.name} {len(self.asked)}"
+        return [[agents.Completion(said, [1, 2], [], True, [3])] * n for _ in prompts]
+
+
+def test_later_rounds_of_training():
+    """Question 0: no round; 1: one of both agents; 2: two of the second alone; 3: no team."""
+    leader, team = Counting("leader"), [Counting("ann"), Counting("bob")]
+    rows = [{"question": f"q{i}"} for i in range(4)]
+    said = [{0: "a", 1: "b"}, {1: "b", 0: "a"}, {1: "b"}, {}]
+    written = agents.later_rounds(
+        leader, team, rows, said, [0, 1, 2, 2], temperature=1.0, max_new_tokens=9
+    )
+    assert said == [{0: "a", 1: "b"}, {1: "bob 1", 0: "ann 1"}, {1: "bob 2"}, {}]
+    assert list(said[1]) == [1, 0]  # the seats stay as they were
+    assert [len(prompts) for prompts in leader.asked] == [2, 1]  # a batch in each round
+    read = [prompts[0][-1] for prompts in leader.asked]
+    assert "Response 1: b" in read[0] and "Response 1: bob 1" in read[1]
+    own = [[prompt[2] for prompt in prompts] for prompts in team[1].asked]
+    assert own == [["b", "b"], ["bob 1"]]
+    assert "leader 1" in team[0].asked[0][0][-1] and "leader 2" in team[1].asked[1][0][-1]
+    assert len(written) == (2 + 1) + (1 + 2 + 0 + 1)
+
+
+def test_round_0_alone_asks_nobody():
+    said = [{0: "a"}]
+    leader, rows = Counting("leader"), [{"question": "q"}]
+    assert agents.later_rounds(leader, [Counting("ann")], rows, said, [0]) == []
+    assert said == [{0: "a"}] and not leader.asked

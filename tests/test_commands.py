@@ -159,6 +159,42 @@ def test_plain_grpo_and_shared_proposals(run, tmp_path):
     }
 
 
+def test_random_teams_and_later_rounds_resumed_and_evaluated_afterwards(run, tmp_path):
+    folder = tmp_path / "rounds"
+    words = [*SMALL.replace("--eval_questions 10", "--eval_questions 0").split(), "--random_team"]
+    words += ["--proposals", run[0] / "proposals.jsonl", "--train_rounds", 2, "--out", folder]
+    done = command("train.py", *words)
+    assert done.returncode == 0, done.stderr
+    assert not (folder / "results.json").exists() and "majority" not in done.stdout
+    first = (folder / "leader" / "model.safetensors").read_bytes()
+    assert first != (run[0] / "leader" / "model.safetensors").read_bytes()
+    shutil.rmtree(folder / "leader")  # as if killed in step 2 of 3
+    done = command("train.py", *words, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "leader" / "model.safetensors").read_bytes() == first
+    done = command("train.py", *words)  # it is finished: nothing is done again
+    assert done.returncode == 0, done.stderr
+
+    done = command("evaluate.py", folder)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "--eval_questions" in done.stderr
+    done = command("evaluate.py", folder, "--ask", "not ( True ) is")
+    assert done.returncode == 0 and "[the leader alone]" in done.stdout, done.stderr
+    done = command("evaluate.py", folder, "--eval_questions", 5, "--rounds", 1)
+    assert done.returncode == 0 and "majority" in done.stdout, done.stderr
+
+
+def test_the_config_says_what_the_papers_setting_is(run, tmp_path):
+    folder = tmp_path / "paper"
+    words = "--questions 20 --validation_questions 1 --sft_steps 0 --steps 0 --eval_questions 0"
+    shared = ["--proposals", run[0] / "proposals.jsonl"]
+    done = command("train.py", *words.split(), *shared, "--paper", "--out", folder)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((folder / "config.json").read_text())
+    names = ("easy_share", "team_dropout", "random_team", "train_rounds")
+    assert [config[name] for name in names] == [0, 0, False, 1]
+
+
 def test_evaluate_on_a_file_of_ones_own(run, tmp_path):
     path = tmp_path / "mine.jsonl"
     row = {"question": "not ( True ) and ( True ) is", "answer": "False", "task": "mine"}
@@ -175,6 +211,8 @@ BAD = {
     "--group_size 1": "--group_size",
     "--temperature 0": "--temperature",
     "--steps -1": "--steps",
+    "--train_rounds 0": "--train_rounds",
+    "--eval_questions -1": "--eval_questions",
     "--lr nan": "--lr",
     "--nonsense 3": "--nonsense",
     "--max_new_tokens 400": "--max_new_tokens",

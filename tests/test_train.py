@@ -206,7 +206,7 @@ ROW = {
 
 @pytest.mark.parametrize("backtrack", [0.0, 1.0])
 def test_sft_examples_teach_the_right_response_and_the_turn_back(backtrack):
-    args = SimpleNamespace(backtrack=backtrack, team_dropout=0.3)
+    args = SimpleNamespace(backtrack=backtrack, team_dropout=0.3, random_team=False)
     rng, users = random.Random(0), set()
     for _ in range(50):
         messages, begin, target = train.sft_example(rng, ROW, args)
@@ -226,3 +226,46 @@ def test_easy_questions_are_dropped_but_for_a_share():
     args.easy_share = 0.25
     hard, kept = train.drop_easy(args, rows * 800)
     assert hard == rows[1:] * 800 and 150 < len(kept) - 800 < 250
+
+
+def team_settings(**changed):
+    return SimpleNamespace(
+        **{"team_dropout": 0.0, "random_team": False, "backtrack": 0.0, **changed}
+    )
+
+
+def test_the_team_stands_in_its_order_or_is_left_out():
+    rng = random.Random(0)
+    for _ in range(20):
+        said = train.pick_responses(rng, ROW, team_settings())
+        assert list(said) == [0, 1] and all(said[k] in ROW["responses"][k] for k in said)
+    assert train.pick_responses(rng, ROW, team_settings(team_dropout=1.0)) == {}
+
+
+def test_a_random_team_is_every_part_of_it_in_every_order():
+    rng, args = random.Random(0), team_settings(random_team=True)
+    row = {"question": "?", "responses": [["a"], ["b"], ["c"]]}
+    teams = {tuple(train.pick_responses(rng, row, args).items()) for _ in range(400)}
+    assert len(teams) == 3 + 6 + 6 and () not in teams
+    assert all(text == "abc"[k] for team in teams for k, text in team)
+
+
+def test_a_random_team_in_sft_too():
+    rng, args, users = random.Random(0), team_settings(random_team=True), set()
+    for _ in range(100):
+        messages, _, target = train.sft_example(rng, ROW, args)
+        users.add(messages[-1]["content"].partition("Question")[0])
+        assert target.endswith("<answer> 4 </answer>")
+    assert {user.count("Response") for user in users} == {0, 1, 2}
+    both = [user for user in users if "22" in user and "two twos" in user]
+    assert {user.index("22") < user.index("two twos") for user in both} == {True, False}
+
+
+def test_the_papers_setting_is_one_flag():
+    paper = train.parse(["--paper", "--easy_share", "0.7", "--random_team", "--train_rounds", "3"])
+    assert (paper.easy_share, paper.team_dropout) == (0.0, 0.0)
+    assert (paper.random_team, paper.train_rounds) == (False, 1)
+    assert train.parse(["--paper", "--agents", "none"]).team_dropout == 1.0
+    usual = train.parse([])
+    assert (usual.easy_share, usual.team_dropout) == (0.5, 0.33)
+    assert (usual.random_team, usual.train_rounds) == (False, 1)
