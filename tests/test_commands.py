@@ -240,3 +240,32 @@ def test_bad_input_ends_the_script_with_status_2(tmp_path):
     done = command("train.py", "--group_size", "1", "--out", tmp_path / "run")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("train.py: --group_size")
+
+
+LONG = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import files, train
+held, usual = [], files.Trainer.log
+
+def log(self, phase=None, **values):
+    usual(self, phase, **values)
+    if not phase:
+        status = Path("/proc/self/status").read_text()
+        held.append(int(status.split("VmRSS:")[1].split()[0]) / 1024)
+
+files.Trainer.log = log
+small = "--sft_steps 0 --steps 500 --questions_per_step 2 --group_size 2 --max_new_tokens 60 "
+small += "--questions 20 --validation_questions 2 --eval_questions 0 --validate_every 1000"
+train.main([*small.split(), "--out", sys.argv[2]])
+print([max(held[i : i + 100]) for i in range(0, 500, 100)])
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_500_steps(tmp_path):
+    words = [sys.executable, "-c", LONG, str(ROOT), str(tmp_path / "run")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    held = json.loads(done.stdout.splitlines()[-1])  # MB: the most in each hundred steps
+    assert held[-1] < held[1] + 20, held
