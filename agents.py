@@ -1,5 +1,6 @@
 """Everything that speaks: the prompts, sampling with a shared prompt, the team and its rounds."""
 
+import hashlib
 import math
 import re
 from dataclasses import dataclass, field
@@ -292,6 +293,14 @@ class Speaker:
         out = sample(self.model, self.tokenizer, prompts, n, temperature, max_new_tokens, room, bar)
         self.model.to(self.resting or self.device)
         return out
+
+    def fingerprint(self, **how):
+        """Of all that makes its responses what they are: weights, prompt, sampling settings."""
+        mark = hashlib.sha256(repr((encode(self.tokenizer, agent_messages("")), how)).encode())
+        for weight in self.model.parameters():  # as bf16: the same on a CPU and on a GPU
+            bits = weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+            mark.update(bits.numpy())
+        return mark.hexdigest()[:16]
 
 
 def load(name, device="cpu", resting="", dtype=torch.float32):

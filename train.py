@@ -136,26 +136,32 @@ def seed_everything(*key):
 
 def propose(args, path, team, tasks, n):
     """Every agent answers every question n times, once and for all: the paper's cached responses.
-    Returns tasks with `responses` (per agent, n texts) and `right`. A killed run goes on here."""
-    read = lambda: {(r["agent"], r["question"]): r["responses"] for r in files.read_jsonl(path)}
-    cached, size = read(), 250
-    speakers = {a.name: a for a in team} or {name: None for name, _ in sorted(cached)}
-    for name, agent in speakers.items():
-        left = [task["question"] for task in tasks if (name, task["question"]) not in cached]
-        if left and path == args.proposals:
-            raise ValueError(f"--proposals: nothing of {name} on {left[0][:50]!r}...")
-        parts = [left[start : start + size] for start in range(0, len(left), size)]
+    Returns tasks with `responses` (per agent, n texts) and `right`. A killed run goes on here; what
+    another model, prompt or temperature made does not count."""
+    how = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
+    read = lambda: {(r["agent"], r["question"]): r for r in files.read_jsonl(path)}
+    cached, speakers = read(), {agent.name: agent for agent in team}
+    made_by = {name: agent.fingerprint(**how) for name, agent in speakers.items()}
+    made_by = made_by or {row["agent"]: row.get("made_by") for _, row in sorted(cached.items())}
+    questions = [task["question"] for task in tasks]
+    parts = [questions[i : i + 250] for i in range(0, len(tasks), 250)]
+    for name, mark in made_by.items():
+        fits = lambda row, mark=mark: row.get("made_by") == mark and len(row["responses"]) >= n
+        done = {q for (agent, q), row in cached.items() if agent == name and fits(row)}
+        if path == args.proposals and (left := [q for q in questions if q not in done]):
+            raise ValueError(f"--proposals: nothing of this {name} on {left[0][:50]!r}...")
         for part in tqdm(files.share(parts), f"proposals: {name}", leave=False):
-            seed_everything(args.seed, "propose", name, part[0])
-            prompts = [agents.agent_messages(question) for question in part]
-            said = agent.answer(prompts, n, args.temperature, args.max_new_tokens)
-            texts = [[c.text for c in group] for group in said]
-            rows = [dict(agent=name, question=q, responses=r) for q, r in zip(part, texts)]
-            files.append_jsonl(path, rows)
+            if not done.issuperset(part):  # then all of it, with the same random numbers again
+                seed_everything(args.seed, "propose", name, part[0])
+                prompts = [agents.agent_messages(question) for question in part]
+                said = speakers[name].answer(prompts, n, **how)
+                rows = [dict(agent=name, made_by=mark, question=q) for q in part]
+                rows = [row | {"responses": [c.text for c in cs]} for row, cs in zip(rows, said)]
+                files.append_jsonl(path, rows)
     files.wait_for_all()
     cached, rows = read(), []
     for task in tasks:
-        said = [cached[name, task["question"]] for name in speakers]
+        said = [cached[name, task["question"]]["responses"][:n] for name in made_by]
         right = [[is_correct(extract_agent_answer(t), task["answer"]) for t in ts] for ts in said]
         rows.append({**task, "responses": said, "right": right})
     return rows

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import agents
 import train
 from agents import sample
 
@@ -269,3 +270,45 @@ def test_the_papers_setting_is_one_flag():
     usual = train.parse([])
     assert (usual.easy_share, usual.team_dropout) == (0.5, 0.33)
     assert (usual.random_team, usual.train_rounds) == (False, 1)
+
+
+def test_proposals_belong_to_what_made_them(tmp_path, monkeypatch):
+    """The same model, prompt and sampling: taken. Anything else: asked again, or an error."""
+    args = SimpleNamespace(seed=0, temperature=1.0, max_new_tokens=4, proposals="")
+    tasks = [{"question": f"not ( True ) or {word} is", "answer": "True"} for word in ("a", "b")]
+    agent, path = agents.load("tiny/agent1"), tmp_path / "proposals.jsonl"
+    first = train.propose(args, path, [agent], tasks, 2)
+    written = path.read_bytes()
+    assert train.propose(args, path, [agent], tasks, 2) == first
+    assert train.propose(args, path, [agent], tasks, 1)[0]["responses"] == [
+        first[0]["responses"][0][:1]
+    ]
+    assert path.read_bytes() == written  # nobody was asked
+
+    lines = written.splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1][:20])  # killed while writing: the whole part again
+    assert train.propose(args, path, [agent], tasks, 2) == first
+
+    def other_weight():
+        with torch.no_grad():
+            next(agent.model.parameters())[0, 0] += 1.0
+
+    changes = [
+        lambda: setattr(args, "temperature", 0.5),
+        lambda: setattr(args, "max_new_tokens", 5),
+        lambda: monkeypatch.setattr(agents, "AGENT_SYSTEM", "Guess."),
+        other_weight,
+    ]
+    agent.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    train.propose(args, path, [agent], tasks, 2)
+    for change in changes:
+        change()
+        with pytest.raises(ValueError, match="nothing of this tiny/agent1"):
+            train.propose(
+                SimpleNamespace(**vars(args) | {"proposals": path}), path, [agent], tasks, 2
+            )
+        size = path.stat().st_size
+        train.propose(args, path, [agent], tasks, 2)
+        assert path.stat().st_size > size
+    alone = SimpleNamespace(**vars(args) | {"proposals": path})
+    assert len(train.propose(alone, path, [], tasks, 2)[0]["responses"]) == 1  # of whoever it was
