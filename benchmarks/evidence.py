@@ -94,7 +94,8 @@ def plan(args):
     said = lambda which, *names: [(say, which, name) for name in names]
     three, others = agents.team_names(["tiny"]), [f"{args.work}/{name}" for name in MORE_AGENTS]
     parts = [
-        said("tiny", *three) + each(*look(first, "sft")),
+        said("tiny", *three),
+        each(*look(first, "sft")),
         each(*look(first, "mlpo", "untrained"), *look("alone three:1", "grpo", "mlpo_only")),
         each(*look("alone three:1", "grpo_only"), (baselines, "three", "tiny")),
         each((judge, "three"), (deferral, "three"), (debate, "three"), (self_consistency, "mlpo")),
@@ -155,19 +156,28 @@ def main(argv=None):
     if not args.report and any(row["size"] != size for row in rows.values()):
         raise ValueError(f"{path} holds rows of other --steps or --questions: name another --out")
     for part in [] if args.report else plan(args):
-        with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
-            futures = [pool.submit(do, args, rows, unit) for unit in part]
-            for future in as_completed(futures):
-                new = [{**row, "size": size} for row in future.result() if row["key"] not in rows]
-                files.append_jsonl(path, new)  # here alone: workers read and write no rows
-                rows |= {row["key"]: row for row in new}
-                for row in new:
-                    print(f"{row['key']:40} {100 * row.get('accuracy', math.nan):5.1f}", flush=True)
+        for new in at_the_same_time(args, rows, part):
+            new = [{**row, "size": size} for row in new if row["key"] not in rows]
+            files.append_jsonl(path, new)  # here alone: workers read and write no rows
+            rows |= {row["key"]: row for row in new}
+            for row in new:
+                print(f"{row['key']:40} {100 * row.get('accuracy', math.nan):5.1f}", flush=True)
         report(rows, args.out)
     report(rows, args.out)
 
 
 rows_path = lambda out: Path(out) / "benchmarks" / "evidence.jsonl"
+
+
+def at_the_same_time(args, rows, units):
+    """The new rows of each unit, as it is done, --jobs of them at a time."""
+    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+        try:
+            futures = [pool.submit(do, args, rows, unit) for unit in units]
+            yield from (future.result() for future in as_completed(futures))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # what has begun is finished, and found next time
+            raise
 
 
 def do(args, rows, unit):
@@ -208,7 +218,7 @@ def trained(variant, seed, told, out):
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             last = Path(f"{out}.log").read_text().strip().splitlines()[-1]
-            raise RuntimeError(f"{' '.join(command)}: {last}")
+            raise ValueError(f"{out}.log: {last}")
         steps = [r for r in files.read_jsonl(out / "metrics.jsonl") if r["phase"] == "mlpo"]
         row = {"key": f"{variant}/{seed}/training", "variant": variant, "seed": seed}
         row |= {"mode": "training", "steps": len(steps), "tokens": sum(r["tokens"] for r in steps)}
