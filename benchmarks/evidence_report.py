@@ -124,9 +124,9 @@ def difference(rows, one, other, mask=None):
     return f"{100 * mean:+.1f} ± {100 * half:.1f}, p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}"
 
 
-def seeds_of(rows, one):
-    """`5`, or aloud how few."""
-    n = len(bits(rows, *one))
+def seeds_of(rows, *ones):
+    """`5`, or aloud how few; of what has fewest, if it was measured at all."""
+    n = min((len(found) for one in ones if (found := bits(rows, *one))), default=0)
     return str(n) if n >= 5 else f"**only {n}**"
 
 
@@ -164,7 +164,7 @@ def leaders(rows, names, versus, modes=("alone", "three:1"), mask=None):
     lines = []
     for name in names:
         line = [LABELS[name], command(rows, name, modes[0]) or command(rows, name, modes[-1])]
-        line.append(seeds_of(rows, (name, modes[-1])) or "")
+        line.append(seeds_of(rows, *((name, mode) for mode in modes)))
         for mode in modes:
             line.append(share(rows, (name, mode), mask))
             line.append(difference(rows, (name, mode), (versus, mode), mask))
