@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 import files
@@ -131,8 +132,10 @@ def seeds_of(rows, *ones):
 
 
 def mean_of(rows, one, *fields):
-    found = rows_of(rows, one)
-    return sum(float(np.mean([r[f] for r in found])) for f in fields) if found else math.nan
+    """Of these fields' sum, over seeds."""
+    found = [row for row in rows_of(rows, one) if row.get(fields[0]) is not None]
+    sums = [sum(row[field] for field in fields) for row in found]
+    return float(np.mean(sums)) if sums else math.nan
 
 
 cost = lambda rows, one: mean_of(rows, one, "prompt_tokens", "generated_tokens")
@@ -231,13 +234,13 @@ def costs(rows):
         if found := rows_of(rows, one):
             label = LABELS.get(name, "leader trained only to pick")
             line = [label, command(rows, *one), len(found)]
-            fields = ("steps", "tokens", "seconds", "wall_seconds")
-            line += [f"{mean_of(rows, one, field):,.0f}" for field in fields]
-            lines.append([*line, f"{max(r['peak_mb'] for r in found):,.0f}"])
+            fields = ("steps", "tokens", "seconds", "wall_seconds", "peak_mb")
+            values = [mean_of(rows, one, field) for field in fields]
+            lines.append([*line, *("" if math.isnan(x) else f"{x:,.0f}" for x in values)])
     text = "\n![accuracy over cost](benchmarks/evidence_cost.png)\n\n"
     text += "What training costs. Steps, tokens (read and written) and seconds are those of the\n"
     text += "second phase; the seconds in all include loading and, where they are made anew, the\n"
-    text += "proposals and SFT. Memory is the process's largest. One thread, means over seeds.\n\n"
+    text += "proposals and SFT. Memory is the most that it held. One thread, means over seeds.\n\n"
     return text + table([*head, "peak MB"], lines)
 
 
@@ -439,11 +442,10 @@ def draw_cost(rows, figure):
     curves |= {label: [one] for label, one in points.items()}
     for axis, fields in zip(axes, (("prompt_tokens", "generated_tokens"), ("seconds",))):
         for i, (label, ones) in enumerate(curves.items()):
+            style = {"marker": "osD^v"[i // 5 % 5], "color": colormaps["tab20"](i), "markersize": 4}
             ones = [one for one in ones if matrix(rows, one).size]
             x = [mean_of(rows, one, *fields) for one in ones]
-            y = [100 * matrix(rows, one).mean() for one in ones]
-            style = "o-" if len(curves[label]) > 1 else "s"
-            axis.plot(x, y, style, color=f"C{i % 10}", alpha=0.8, label=label, markersize=4)
+            axis.plot(x, [100 * matrix(rows, one).mean() for one in ones], label=label, **style)
         axis.set(xscale="log", xlabel=f"{'tokens' if len(fields) > 1 else 'seconds'} per question")
     axes[0].set_ylabel("right answers, %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right", fontsize="x-small")
