@@ -1,0 +1,590 @@
+"""The evidence: every claim of the paper, and the open questions around it, on the laboratory.
+
+    python benchmarks/evidence.py            # all of it: five seeds; it can be stopped and goes on
+    python benchmarks/evidence.py --quick    # two seeds, the main rows
+    python benchmarks/evidence.py --report   # the tables and pictures of the rows there are
+    python benchmarks/evidence.py --bbh bbh  # the same, and the official files in the folder bbh
+
+Read `plan` first: what is trained and measured, in which order. Every measurement is a row of
+`evidence.jsonl`; `RESULTS.md` and the pictures are made from these rows and nothing else. What is
+trained is trained by `train.py`, with the command that the row names. A comparison is paired: all
+variants of a seed share the proposals, the SFT leader, the test questions, the agents' first
+responses to them and the random numbers of the later rounds.
+"""
+
+import argparse
+import math
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a worker is one thread, and so is its training
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tiny_models")]
+import make
+from evidence_report import report
+
+import agents
+import data
+import evaluate
+import files
+import tiny
+import train
+from rewards import extract_agent_answer, extract_answer, is_correct
+
+SEEDS = range(10, 15)  # fresh: 0 to 7 were used while the method was being built
+SAMPLES = {"tiny": 14, "bbh": 5}  # first responses of each agent to each question
+LONGEST, SEED = 120, evaluate.SEED
+
+# name: (start, what is added to the command). Start: "sft", from the seed's SFT leader; "tiny",
+# from the untrained one; "own", with an SFT phase of its own.
+VARIANTS = {
+    "sft": ("own", "--steps 0"),  # makes the seed's proposals as well
+    "mlpo": ("sft", ""),
+    "grpo": ("sft", "--agents none"),
+    "mlpo_only": ("tiny", ""),
+    "grpo_only": ("tiny", "--agents none"),
+    "grpo_tokens": ("sft", "--agents none"),  # with as many steps as make its tokens MLPO's
+    "easy0": ("sft", "--easy_share 0"),
+    "easy1": ("sft", "--easy_share 1"),
+    "grpo_easy0": ("sft", "--agents none --easy_share 0"),
+    "grpo_easy1": ("sft", "--agents none --easy_share 1"),
+    "scaled": ("sft", "--scale_rewards"),
+    "kl": ("sft", "--kl_coef 0.05"),
+    "random": ("sft", "--random_team"),
+    "rounds": ("sft", "--train_rounds 2"),
+    "random_rounds": ("sft", "--random_team --train_rounds 2"),
+    "paper": ("sft", "--paper"),
+    "same": ("own", "--agents tiny/agent3 tiny/agent3 tiny/agent3"),
+    "finals": ("sft", "--proposals {work}/finals-{seed}.jsonl"),
+    "finals_sft": ("own", "--proposals {work}/finals-{seed}.jsonl"),
+    "unseen": ("own", "--agents {work}/agent4 {work}/agent5 {work}/agent6"),
+    "three_tasks": ("own", "--dataset {work}/three-{seed}.jsonl"),
+    "half": ("own", "--leader {work}/half --proposals {work}/sft-{seed}/proposals.jsonl"),
+    "blank": ("own", "--leader {work}/blank --proposals {work}/sft-{seed}/proposals.jsonl"),
+}
+MORE_AGENTS = {  # other combinations of the misconceptions of the three that are there
+    "agent4": ["ignores not", "never turns", "counts every kind"],
+    "agent5": [
+        "takes accusers for liars",
+        "counts moves, not steps",
+        "closes only the last bracket",
+    ],
+    "agent6": ["mixes up and/or", "trusts nobody after a liar", "closes in the order of opening"],
+}
+SIZES = " ".join(f"K{k}:1" for k in (1, 2, 4, 5, 6))  # K = 3 is the team of the other rows
+
+
+def plan(args):
+    """What is done, as parts of units (function, its arguments). The units of a part can be done
+    at the same time; the next part builds on them."""
+    seeds, first = args.seed_list, "alone three:5"
+    each = lambda *units: [(f, what, seed, *more) for seed in seeds for f, what, *more in units]
+    look = lambda looks, *names: [(look_at, name, looks) for name in names]
+    said = lambda which, *names: [(say, which, name) for name in names]
+    three, others = agents.team_names(["tiny"]), [f"{args.work}/{name}" for name in MORE_AGENTS]
+    parts = [
+        said("tiny", *three),
+        each(*look(first, "sft")),
+        each(*look(first, "mlpo", "untrained"), *look("alone three:1", "grpo", "mlpo_only")),
+        each(*look("alone three:1", "grpo_only"), (baselines, "three", "tiny")),
+        each((judge, "three"), (deferral, "three"), (debate, "three"), (self_consistency, "mlpo")),
+    ]
+    if not args.quick:
+        changed = "easy0", "easy1", "grpo_easy0", "grpo_easy1", "scaled", "kl", "grpo_tokens"
+        again = each(*look(first, "random", "rounds", "random_rounds", "paper"))
+        made = [(make_agent, name) for name in MORE_AGENTS]
+        made += [(make_leader, name) for name in ("half", "blank")]
+        parts += [again, each(*look("alone three:1", *changed)), made]
+        cut = each((write_finals, "finals"), (write_three_tasks, "three_tasks"))
+        parts += [said("tiny", *others) + cut]
+        teams = "unseen:1 same:1 " + SIZES
+        parts += [
+            each(
+                *[(baselines, team, "tiny") for team in teams.replace(":1", "").split()],
+                *look(teams, "untrained", "mlpo", "random"),
+                *look("unseen:1", "sft", "random_rounds", "paper"),
+                *look("alone same:1 three:1", "same"),
+                *look("alone unseen:1 three:1", "unseen"),
+                *look("alone finals:1 three:1", "finals", "finals_sft"),
+                *look("finals:1", "mlpo"),
+                *look("alone three:1", "three_tasks", "half", "blank"),
+            ),
+            each(*look("alone three:1", "half_untrained", "half_sft", "blank_sft")),
+        ]
+    if args.bbh and not args.quick:
+        bbh = look("bbh/alone bbh/three:1", "untrained", "sft", "mlpo", "grpo", "random")
+        parts += [said("bbh", *three), each((baselines, "three", "bbh"), *bbh)]
+    kept = lambda unit: not args.only or unit[0] is say or unit[1] in args.only
+    return [[unit for unit in part if kept(unit)] for part in parts]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--quick", action="store_true", help="two seeds, and the main rows only")
+    add("--report", action="store_true", help="no measurement: RESULTS.md and pictures anew")
+    add("--seeds", type=int, default=5, help=f"how many seeds, from {SEEDS[0]} on")
+    add("--steps", type=int, default=80, help="steps of MLPO and of GRPO")
+    add("--sft_steps", type=int, default=120, help="steps of SFT, and of the deferral leader")
+    add("--questions", type=int, default=200, help="test questions")
+    add("--train_questions", type=int, default=1000, help="questions with proposals")
+    add("--jobs", type=int, default=2, help="how much is done at the same time, a thread for each")
+    add("--bbh", default="", help="a folder with official BBH files: measure on them as well")
+    add("--only", nargs="+", default=[], help="only these variants and teams (see plan)")
+    add("--out", default=".", help="where RESULTS.md, benchmarks/ and runs/evidence/ are")
+    args = parser.parse_args(argv)
+    args.bbh = args.bbh and str(Path(args.bbh).resolve())
+    args.out = "." if args.out == "." else str(Path(args.out).resolve())
+    os.chdir(ROOT)  # so that the commands in the rows hold no folder of this machine
+    args.work, path = f"{args.out}/runs/evidence".removeprefix("./"), rows_path(args.out)
+    args.seed_list = list(range(SEEDS[0], SEEDS[0] + (2 if args.quick else args.seeds)))
+    for folder in (Path(args.work), path.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    rows = {row["key"]: row for row in files.read_jsonl(path)}
+    size = {k: getattr(args, k) for k in ("steps", "sft_steps", "questions", "train_questions")}
+    if not args.report and any(row["size"] != size for row in rows.values()):
+        raise ValueError(f"{path} holds rows of other --steps or --questions: name another --out")
+    for part in [] if args.report else plan(args):
+        for new in at_the_same_time(args, rows, part):
+            new = [{**row, "size": size} for row in new if row["key"] not in rows]
+            files.append_jsonl(path, new)  # here alone: workers read and write no rows
+            rows |= {row["key"]: row for row in new}
+            for row in new:
+                print(f"{row['key']:40} {100 * row.get('accuracy', math.nan):5.1f}", flush=True)
+        report(rows, args.out)
+    report(rows, args.out)
+
+
+rows_path = lambda out: Path(out) / "benchmarks" / "evidence.jsonl"
+
+
+def at_the_same_time(args, rows, units):
+    """The new rows of each unit, as it is done, --jobs of them at a time."""
+    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+        try:
+            futures = [pool.submit(do, args, rows, unit) for unit in units]
+            yield from (future.result() for future in as_completed(futures))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # what has begun is finished, and found next time
+            raise
+
+
+def do(args, rows, unit):
+    """In a worker: the unit's new rows."""
+    function, *what = unit
+    torch.set_num_threads(1)
+    return function(args, rows, *what) or []
+
+
+# -------------------------------------------------------------------------------- what is trained
+
+
+def run(args, variant, seed, steps=None):
+    """Train it with train.py unless that is done; goes on where it was stopped. (run, its row)"""
+    start, words = VARIANTS[variant]
+    out, shared = Path(f"{args.work}/{variant}-{seed}"), f"{args.work}/sft-{seed}"
+    told = f"{words} --seed {seed} --questions {args.train_questions} --eval_questions 0"
+    told += " --validation_questions 10 --validate_every 1000"  # few: they are not needed here
+    told += f" --steps {steps or args.steps}" * ("--steps" not in words)
+    if start == "own":
+        told += f" --sft_steps {args.sft_steps}"
+    else:
+        told += " --sft_steps 0" + f" --leader {shared}/leader" * (start == "sft")
+        told += f" --proposals {shared}/proposals.jsonl" * ("--proposals" not in words)
+    told = told.format(work=args.work, seed=seed).split() + ["--out", str(out)]
+    return out, trained(variant, seed, told, out)
+
+
+def trained(variant, seed, told, out):
+    """The row of a training command: what it cost. Runs the command if that is not done yet."""
+    saved = Path(f"{out}.json")
+    if not saved.exists():
+        began, going = time.time(), (out / "config.json").exists() and not (out / "leader").exists()
+        command = [sys.executable, "train.py", *told, *(["--resume"] if going else [])]
+        with open(f"{out}.log", "w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+            _, status, usage = os.wait4(process.pid, 0)  # with the memory it needed
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            last = Path(f"{out}.log").read_text().strip().splitlines()[-1]
+            raise ValueError(f"{out}.log: {last}")
+        steps = [r for r in files.read_jsonl(out / "metrics.jsonl") if r["phase"] == "mlpo"]
+        row = {"key": f"{variant}/{seed}/training", "variant": variant, "seed": seed}
+        row |= {"mode": "training", "steps": len(steps), "tokens": sum(r["tokens"] for r in steps)}
+        row |= {"seconds": round(sum(r["sampling"] + r["training"] for r in steps), 1)}
+        row |= {"wall_seconds": round(time.time() - began, 1), "peak_mb": peak_mb(usage)}
+        files.write_json(saved, row | {"command": f"python train.py {' '.join(told)}"})
+    return files.read_json(saved)
+
+
+def peak_mb(usage=None):
+    """Of a process that has ended, or of this one."""
+    most = (usage or resource.getrusage(resource.RUSAGE_SELF)).ru_maxrss
+    return round(most / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def write_finals(args, rows, _, seed):
+    """The proposals of the seed, cut to their final sentence."""
+    rows = files.read_jsonl(f"{args.work}/sft-{seed}/proposals.jsonl")
+    rows = [{**row, "responses": [cut(text) for text in row["responses"]]} for row in rows]
+    files.write_jsonl(f"{args.work}/finals-{seed}.jsonl", rows)
+
+
+def cut(text):
+    return f"So the answer is {extract_agent_answer(text) or ''}."
+
+
+def write_three_tasks(args, rows, _, seed):
+    """Training puzzles of three of the five tasks; train.py takes 70% of a file for training."""
+    rows = tiny.puzzles("train", 5 * args.train_questions // 2, seed)
+    seen = ("boolean_expressions", "object_counting", "dyck_languages")
+    files.write_jsonl(f"{args.work}/three-{seed}.jsonl", [r for r in rows if r["task"] in seen])
+
+
+def make_agent(args, rows, name):
+    """An agent with other misconceptions, taught like the others, from the first one's weights."""
+    folder, agent = Path(args.work) / name, agents.load("tiny/agent1")
+    if not folder.exists():
+        torch.manual_seed(0)
+        make.AGENTS[name] = MORE_AGENTS[name]
+        work = Path(args.work) / "making"
+        work.mkdir(exist_ok=True)
+        make.study(name, agent.model, agent.tokenizer, work, min(400, 5 * args.steps), decay=0.6)
+        files.save_leader(folder, agent)
+
+
+def make_leader(args, rows, name):
+    """`half`: half as wide as the built-in leader, and less practised; `blank`: random weights."""
+    folder, usual = Path(args.work) / name, agents.load("tiny")
+    if not folder.exists():
+        torch.manual_seed(0)
+        config = usual.model.config
+        if name == "half":
+            config.update({"hidden_size": 64, "intermediate_size": 192, "head_dim": 16})
+        usual.model = type(usual.model)(config).float()
+        if name == "half":
+            work = Path(args.work) / "making" / name
+            work.mkdir(exist_ok=True, parents=True)
+            steps = min(600, 8 * args.steps)
+            make.study("leader", usual.model, usual.tokenizer, work, steps, decay=0.6)
+        files.save_leader(folder, usual)
+
+
+# ------------------------------------------------------------------------- what everyone is asked
+
+
+def tasks_of(args, which):
+    """The test questions: 200 of tiny's, or 100 of each of the official files of its tasks."""
+    if which == "tiny":
+        return list(data.load_tasks("tiny", "test", args.questions, SEED))
+    paths = [f"{args.bbh}/{task}.json" for task in tiny.TASKS]
+    return [row for p in paths for row in data.load_tasks(p, "all", args.questions // 2, SEED)]
+
+
+def say(args, rows, which, name):
+    """An agent's first responses to the test questions, sampled once for everybody."""
+    path = Path(args.work) / f"said-{which}-{Path(name).name}.json"
+    if not path.exists():
+        tasks, agent = tasks_of(args, which), agents.load(name)
+        prompts = [agents.agent_messages(task["question"]) for task in tasks]
+        torch.manual_seed(SEED)
+        began = time.time()
+        said = agent.answer(prompts, SAMPLES[which], max_new_tokens=LONGEST)
+        seconds = (time.time() - began) / len(tasks) / SAMPLES[which]
+        lengths = [[[c.text, len(c.ids), len(c.prompt_ids)] for c in group] for group in said]
+        files.write_json(path, {"seconds": seconds, "said": lengths})
+    tasks = [task["task"] for task in tasks_of(args, which)]
+    row = {"variant": which, "seed": None, "mode": "tasks", "tasks": tasks}
+    return [row | {"key": f"{which}/tasks"}]
+
+
+def team_of(args, team):
+    """`three`; `finals`, of which the leader sees the answers only; `same`; `unseen`; `K1`..`K6`"""
+    agent = lambda k: f"tiny/agent{k}" if k <= 3 else f"{args.work}/agent{k}"
+    known = {"three": (1, 2, 3), "finals": (1, 2, 3), "same": (3, 3, 3), "unseen": (4, 5, 6)}
+    return [agent(k) for k in known.get(team) or range(1, int(team[1:]) + 1)]
+
+
+def first_responses(args, team, which, seed, n=0):
+    """Per question n (or K) responses, in which the agents take turns, and seconds per question.
+    Each seed begins with another sample of those that `say` has made."""
+    names = team_of(args, team)
+    paths = [Path(args.work) / f"said-{which}-{Path(name).name}.json" for name in names]
+    cached, out, seconds = [files.read_json(path) for path in paths], [], 0.0
+    for i in range(n or len(names)):
+        j, turn = i % len(names), i // len(names)
+        twin = names[:j].count(names[j])  # the same model twice: another of its samples
+        said = [group[(seed + 5 * twin + turn) % len(group)] for group in cached[j]["said"]]
+        shown = cut if team == "finals" else str
+        out.append([agents.Completion(shown(t), [0] * a, [], True, [0] * b) for t, a, b in said])
+        seconds += cached[j]["seconds"]
+    return list(zip(*out)), seconds
+
+
+# ------------------------------------------------------------------------------- what is measured
+
+
+def new_row(variant, seed, mode, said, right, seconds, prompts=None, **more):
+    """said: per question all that was written for it; the first `prompts` (or all) of it read a
+    prompt; right: per question. Tokens and seconds are per question, seconds of one thread."""
+    row = {"key": f"{variant}/{seed}/{mode}", "variant": variant, "seed": seed, "mode": mode}
+    row |= {"accuracy": fmean(right), "correct": "".join("01"[bool(ok)] for ok in right)}
+    row |= {"generations": fmean(map(len, said)), "seconds": float(f"{seconds:.3g}")}
+    row["prompt_tokens"] = fmean(sum(len(c.prompt_ids) for c in cs[:prompts]) for cs in said)
+    row["generated_tokens"] = fmean(sum(len(c.ids) for c in cs) for cs in said)
+    return {**row, "command": "python benchmarks/evidence.py", **more}
+
+
+def look_at(args, rows, variant, seed, looks):
+    """Train a leader, then measure it: `alone`, and leading a team (`three:5`: for 1 to 5 rounds),
+    on the official files where the look begins with `bbh/`."""
+    last = lambda look: f"{variant}/{seed}/{look}"  # the mode of what is measured last
+    looks = [look for look in looks.split() if last(look) not in rows]
+    found = find_leader(args, rows, variant, seed) if looks else None
+    if not found:
+        return []
+    folder, new = found
+    leader, how = agents.load(str(folder)), {"command": new[0]["command"]} if new else {}
+    for look in looks:
+        which, (team, _, rounds) = which_of(look), look.removeprefix("bbh/").partition(":")
+        tasks = tasks_of(args, which)
+        if team == "alone":
+            prompts = [agents.leader_messages(task["question"]) for task in tasks]
+            began = time.time()
+            said = leader.answer(prompts, 1, 0, LONGEST)
+            seconds = (time.time() - began) / len(tasks)
+            right = [evaluate.is_right("leader", *pair) for pair in zip(tasks, said)]
+            new.append(new_row(variant, seed, look, said, right, seconds, **how))
+            continue
+        for t, (said, seconds) in enumerate(lead(args, leader, team, which, seed, int(rounds)), 1):
+            right = [evaluate.is_right("leader", *pair) for pair in zip(tasks, said)]
+            mode = f"{look.rpartition(':')[0]}:{t}"
+            more = {**how, "agrees": agreement(args, team, which, seed, said)}
+            new.append(new_row(variant, seed, mode, said, right, seconds, **more))
+    return new
+
+
+which_of = lambda look: "bbh" if look.startswith("bbh/") else "tiny"
+
+
+def find_leader(args, rows, variant, seed):
+    """(its folder, [the row of its training, if it is trained]); None if there is none to train."""
+    name, _, stage = variant.partition("_")
+    if variant == "untrained":
+        return "tiny", []
+    if stage == "untrained":
+        return f"{args.work}/{name}", []
+    if variant not in VARIANTS:  # half_sft: the run `half` after its first phase
+        return run(args, name, seed)[0] / "leader_sft", []
+    steps = args.steps
+    if variant == "grpo_tokens":
+        tokens = [rows[f"{name}/{seed}/training"]["tokens"] for name in ("mlpo", "grpo")]
+        steps = round(args.steps * tokens[0] / tokens[1])
+        if abs(steps / args.steps - 1) <= 0.05:
+            return None  # they are within 5% already
+    out, row = run(args, variant, seed, steps)
+    return out / "leader", [row]
+
+
+def lead(args, leader, team, which, seed, rounds):
+    """For T = 1, 2, ...: (what was written, per question; seconds per question)."""
+    first, seconds = first_responses(args, team, which, seed)
+    speakers = [agents.load(x) for x in team_of(args, team)] if rounds > 1 else []
+    clock, questions = [], [task["question"] for task in tasks_of(args, which)]
+    for speaker in (leader, *speakers):
+        speaker.answer = timed(type(speaker).answer.__get__(speaker), clock)
+    torch.manual_seed(SEED + seed)  # the same luck for every leader
+    how = {"max_new_tokens": LONGEST, "responses": first}
+    turns = agents.deliberate(leader, speakers, questions, rounds, **how)
+    for t in range(1, rounds + 1):
+        said = [[c for x in ts[:t] for c in (*x.responses, x.output)] for ts in turns]
+        calls = 1 + (t - 1) * (len(speakers) + 1)  # each round: the agents', then the leader's
+        yield said, seconds + sum(clock[:calls]) / len(questions)
+
+
+def timed(answer, clock):
+    """`answer`, whose calls leave their seconds in `clock`."""
+
+    def wrapped(*words, **named):
+        began = time.time()
+        said = answer(*words, **named)
+        clock.append(time.time() - began)
+        return said
+
+    return wrapped
+
+
+def agreement(args, team, which, seed, said):
+    """Bits: is the leader's answer that of the first responses' majority?"""
+    votes = majority(tasks_of(args, which), first_responses(args, team, which, seed)[0])
+    pairs = zip((extract_answer(cs[-1].text) for cs in said), votes)
+    return "".join("01"[is_correct(answer, vote)] for answer, vote in pairs)
+
+
+def majority(tasks, said, extract=extract_agent_answer):
+    answers = [[extract(c.text) for c in cs] for cs in said]
+    return [evaluate.vote(found, task["question"]) for found, task in zip(answers, tasks)]
+
+
+# ---------------------------------------------------------------------------------- the baselines
+
+
+def baselines(args, rows, team, seed, which):
+    """Each agent, votes of different size, and the share of questions on which any is right."""
+    tasks, names, prefix = tasks_of(args, which), team_of(args, team), "bbh/" * (which == "bbh")
+    k, most = len(names), len(names) * SAMPLES[which]
+    first, seconds = first_responses(args, team, which, seed)
+    new = []
+    for j in range(k):
+        said = [cs[j : j + 1] for cs in first]
+        right = [evaluate.is_right("agent", task, cs) for task, cs in zip(tasks, said)]
+        mode = f"{prefix}agent {j + 1}"
+        new.append(new_row(team, seed, mode, said, right, seconds / k))
+    sizes = {k} if team != "three" or prefix else {k * n for n in range(1, 9)} | {20, 40}
+    for n in sorted(n for n in sizes if n <= most):
+        said, seconds = first_responses(args, team, which, seed, n)
+        votes = majority(tasks, said)
+        right = [is_correct(vote, task["answer"]) for vote, task in zip(votes, tasks)]
+        mode = f"{prefix}majority of {n}"
+        new.append(new_row(team, seed, mode, said, right, seconds, prompts=k))
+    right = [evaluate.is_right("any_right", task, cs) for task, cs in zip(tasks, first)]
+    return [*new, new_row(team, seed, f"{prefix}any", first, right, seconds)]
+
+
+def as_reasoning(leader, tasks, said):
+    """Responses as completions of the leader's own prompt: token ids of prompts and of outputs."""
+    encode = lambda text: leader.tokenizer(text, add_special_tokens=False)["input_ids"]
+    prompts = [
+        agents.encode(leader.tokenizer, agents.leader_messages(task["question"], texts))
+        for task, texts in zip(tasks, said)
+    ]
+    form = "<think> {} </think> <answer> {} </answer>"
+    output = lambda text: encode(form.format(agents.quote(text), extract_agent_answer(text)))
+    return prompts, [[output(text) for text in texts] for texts in said]
+
+
+def preferences(leader, prompts, outputs):
+    """(questions, K): the mean log-probability of each response, the prompt holding all of them."""
+    logprobs, mask = train.completion_logprobs(leader.model, prompts, outputs)
+    return ((logprobs * mask).sum(1) / mask.sum(1)).view(len(prompts), -1)
+
+
+def pick(args, leader, team, seed, variant, mode):
+    """The row of a leader that picks the response that it finds likeliest."""
+    tasks, (first, seconds) = tasks_of(args, "tiny"), first_responses(args, team, "tiny", seed)
+    began, right, read = time.time(), [], []
+    for task, cs in zip(tasks, first):
+        prompts, outputs = as_reasoning(leader, [task], [[c.text for c in cs]])
+        with torch.no_grad():
+            best = int(preferences(leader, prompts, outputs)[0].argmax())
+        right.append(evaluate.is_right("agent", task, cs[best : best + 1]))
+        read.append(agents.Completion("", [], [], True, prompts[0] + sum(outputs[0], [])))
+    said = [[*cs, x] for cs, x in zip(first, read)]  # it reads, and writes nothing
+    seconds += (time.time() - began) / len(tasks)
+    return new_row(variant, seed, mode, said, right, seconds)
+
+
+def judge(args, rows, team, seed):
+    """The untrained leader picks the response with the highest mean log-probability."""
+    if f"untrained/{seed}/judge" not in rows:
+        return [pick(args, agents.load("tiny"), team, seed, "untrained", "judge")]
+
+
+def deferral(args, rows, team, seed, batch=16, lr=1e-4):
+    """A leader trained only to pick: the preferences' softmax shall be on the right responses."""
+    if f"deferral/{seed}/picks" in rows:
+        return []
+    leader, rng = agents.load("tiny"), random.Random(seed)
+    tasks = list(data.load_tasks("tiny", "train", args.train_questions, seed))
+    cached = files.read_jsonl(f"{args.work}/sft-{seed}/proposals.jsonl")
+    said = {(row["agent"], row["question"]): row["responses"] for row in cached}
+    optimizer = torch.optim.AdamW(leader.model.parameters(), lr=lr, weight_decay=0.0)
+    began, tokens = time.time(), 0
+    for step in range(args.sft_steps):
+        loss = 0.0
+        for task in rng.sample(tasks, batch):
+            texts = [rng.choice(said[name, task["question"]]) for name in team_of(args, team)]
+            right = [is_correct(extract_agent_answer(text), task["answer"]) for text in texts]
+            if any(right) and not all(right):
+                prompts, outputs = as_reasoning(leader, [task], [texts])
+                scores = preferences(leader, prompts, outputs)[0]
+                loss += scores.logsumexp(0) - scores[torch.tensor(right)].logsumexp(0)
+                tokens += len(prompts[0]) + sum(map(len, outputs[0]))
+        rate = min(1, (step + 1) / 11, 2 - 2 * step / args.sft_steps)  # train.py's schedule
+        optimizer.param_groups[0]["lr"] = lr * rate
+        optimizer.zero_grad()
+        if torch.is_tensor(loss):
+            (loss / batch).backward()
+            torch.nn.utils.clip_grad_norm_(leader.model.parameters(), 1.0)
+            optimizer.step()
+    cost = {"key": f"deferral/{seed}/training", "variant": "deferral", "seed": seed}
+    cost |= {"mode": "training", "steps": args.sft_steps, "tokens": tokens}
+    cost |= dict.fromkeys(("seconds", "wall_seconds"), round(time.time() - began, 1))
+    cost |= {"peak_mb": peak_mb(), "command": "python benchmarks/evidence.py"}
+    return [cost, pick(args, leader, team, seed, "deferral", "picks")]
+
+
+def debate(args, rows, team, seed, rounds=2):
+    """No leader: each agent refines, given the next one's response as advice; then a vote."""
+    if f"{team}/{seed}/debate" in rows:
+        return []
+    speakers = [agents.load(name) for name in team_of(args, team)]
+    tasks, (first, seconds) = tasks_of(args, "tiny"), first_responses(args, team, "tiny", seed)
+    began, said, everything = time.time(), first, [list(cs) for cs in first]
+    torch.manual_seed(SEED + seed)
+    for _ in range(rounds):
+        columns = []
+        for j, agent in enumerate(speakers):
+            texts = [(cs[j].text, cs[(j + 1) % len(cs)].text) for cs in said]
+            prompts = [agents.agent_messages(t["question"], *x) for t, x in zip(tasks, texts)]
+            columns.append([c for [c] in agent.answer(prompts, max_new_tokens=LONGEST)])
+        said = list(zip(*columns))
+        everything = [[*old, *new] for old, new in zip(everything, said)]
+    right = [is_correct(v, task["answer"]) for v, task in zip(majority(tasks, said), tasks)]
+    seconds += (time.time() - began) / len(tasks)
+    return [new_row(team, seed, "debate", everything, right, seconds)]
+
+
+def self_consistency(args, rows, variant, seed):
+    """The leader alone: votes of 1 to 8 samples, and of as many as cost the tokens of its team."""
+    if f"{variant}/{seed}/votes, tokens of T=5" in rows:
+        return []
+    alone, tasks = rows[f"{variant}/{seed}/alone"], tasks_of(args, "tiny")
+    sizes = {f"votes of {n}": n for n in range(1, 9)}
+    for t in (1, 5):  # the prompt is read once, whatever the number of samples
+        row = rows[f"{variant}/{seed}/three:{t}"]
+        budget = row["prompt_tokens"] + row["generated_tokens"] - alone["prompt_tokens"]
+        sizes[f"votes, tokens of T={t}"] = max(1, round(budget / alone["generated_tokens"]))
+    leader = agents.load(f"{args.work}/{variant}-{seed}/leader")
+    prompts = [agents.leader_messages(task["question"]) for task in tasks]
+    most = max(sizes.values())
+    torch.manual_seed(SEED + seed)
+    began = time.time()
+    said = leader.answer(prompts, most, 1.0, LONGEST)
+    seconds, new = (time.time() - began) / len(tasks) / most, []
+    for mode, n in sizes.items():
+        some = [cs[:n] for cs in said]
+        votes = majority(tasks, some, extract_answer)
+        right = [is_correct(vote, task["answer"]) for vote, task in zip(votes, tasks)]
+        new.append(new_row(variant, seed, mode, some, right, seconds * n, prompts=1))
+    return new
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        files.fail(error)
+    except KeyboardInterrupt:
+        files.fail("stopped; what is done is saved: the same command goes on")
