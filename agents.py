@@ -11,6 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+import servers
+
 logging.disable_progress_bar()  # loading weights takes no time worth a bar
 
 # ------------------------------------------------------------------------------------- prompts
@@ -297,11 +299,14 @@ def load(name, device="cpu", resting="", dtype=torch.float32):
     return Speaker(name, model, tokenizer, device, resting)
 
 
-def load_team(spec, device="cpu"):
+def load_team(spec, device="cpu", journal=None):
     """The agents of `--agents`. They wait in main memory, so that a GPU holds one of them at a
-    time, in bf16: they are frozen. The same name twice is two agents, with names of their own."""
+    time, in bf16: they are frozen. The same name twice is two agents, with names of their own.
+    Those on a server keep what they say in the `journal`, the run's server.jsonl."""
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    team = [load(name, device, "cpu", dtype) for name in team_names(spec)]
+    local = lambda name: load(name, device, "cpu", dtype)
+    served = lambda name: servers.Server(name, journal)
+    team = [served(name) if "://" in name else local(name) for name in team_names(spec)]
     names = [agent.name for agent in team]
     for i, agent in enumerate(team):
         if twins := names[:i].count(agent.name):
@@ -312,6 +317,9 @@ def load_team(spec, device="cpu"):
 def team_names(spec):
     """`tiny` -> the three built-in agents; `none` -> nobody; names -> themselves."""
     tiny = [f"tiny/agent{k}" for k in (1, 2, 3)]
+    for name in spec:  # no @ and no ?, where a key could be: it would be in the run's files
+        if "://" in name and not re.fullmatch(r"https?://[^\s@?#]+#[^\s#]+", name):
+            raise ValueError(f"--agents {name}: not like http://127.0.0.1:8000/v1#model")
     return tiny if spec == ["tiny"] else [] if spec == ["none"] else spec
 
 
@@ -353,6 +361,8 @@ def deliberate(
 
 def check_context(speaker, questions, quoted, max_new_tokens):
     """ValueError if a question, `quoted` texts of others and a completion may be too long."""
+    if isinstance(speaker, servers.Server):
+        return  # it says so itself
     room = getattr(speaker.model.config, "max_position_embeddings", None) or math.inf
     prompts = [encode(speaker.tokenizer, leader_messages(q, [""] * quoted)) for q in questions]
     need = max(map(len, prompts)) + (quoted + 1) * max_new_tokens

@@ -67,7 +67,7 @@ def measure(run, **options):
         return saved
 
     questions = [task["question"] for task in tasks]
-    leader, team = load(config, config["leader"], questions)
+    leader, team = load(run, config, config["leader"], questions)
     results = {"dataset": dataset, "questions": len(tasks), "settings": settings}
     ids = leader.tokenizer(questions, add_special_tokens=False)["input_ids"]
     results["unknown_words"] = fmean(i == leader.tokenizer.unk_token_id for row in ids for i in row)
@@ -145,10 +145,10 @@ def test_questions(config):
     return kept
 
 
-def load(config, leader, questions):
+def load(run, config, leader, questions):
     """The leader and its team. ValueError if a prompt, with what it quotes, may be too long."""
     leader = agents.load(leader, config["device"])
-    team = agents.load_team(config["agents"], config["device"])
+    team = agents.load_team(config["agents"], config["device"], Path(run, "server.jsonl"))
     for speaker in (leader, *team):  # a leader reads K responses, an agent two texts
         agents.check_context(speaker, questions, max(2, len(team)), config["max_new_tokens"])
     return leader, team
@@ -167,7 +167,7 @@ def ask(runs, question, rounds=1, **options):
     if len(runs) > 1 or not question.strip():
         raise ValueError("--ask needs a question, and one RUN to answer it")
     config, stages = open_run(runs[0], **options)
-    leader, team = load(config, list(stages.values())[-1], [question])
+    leader, team = load(runs[0], config, list(stages.values())[-1], [question])
     how = {key: config[key] for key in ("temperature", "max_new_tokens")}
     [[alone]] = leader.answer([agents.leader_messages(question)], **how | {"temperature": 0})
     print(f"[the leader alone]\n{alone.text}")

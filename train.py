@@ -107,7 +107,8 @@ def main(argv=None):
         held = list(load_tasks(args.dataset, "validation", args.validation_questions, args.seed))
         sft_done = (run / "leader_sft").exists()  # a resumed run may be past this phase
         name = str(run / "leader_sft") if sft_done else args.leader
-        leader, team = evaluate.load(vars(args), name, [t["question"] for t in tasks + held])
+        questions = [t["question"] for t in tasks + held]
+        leader, team = evaluate.load(run, vars(args), name, questions)
         files.write_json(run / "config.json", asdict(args))
         rows = propose(args, args.proposals or run / "proposals.jsonl", team, tasks, args.samples)
         held_out = propose(args, run / "validation.jsonl", team, held, 1)
