@@ -37,6 +37,11 @@ def main(argv=None):
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="a folder that train.py has filled")
     add("--dataset", help="other questions than the run's: a name or a file (see data.py)")
+    for name in data.columns({}):
+        add(
+            f"--{name}",
+            help="what --dataset calls it; by itself as in training, if it is the run's",
+        )
     add("--rounds", type=int, help="T, rounds of leader and team; by itself the run's (--ask: 1)")
     add("--eval_questions", type=int, help="how many questions; by itself the run's")
     add("--device", help="cuda, mps or cpu; by itself the run's")
@@ -113,7 +118,9 @@ def open_run(run, **options):
     run = Path(run)
     try:
         config = files.read_json(run / "config.json")
-        config = {**config, "trained_on": config["dataset"], **options}
+        trained = {"trained_on": config["dataset"], "trained_columns": data.columns(config)}
+        other = options.get("dataset", config["dataset"]) != config["dataset"]
+        config = {**config, **trained, **data.columns({} if other else config), **options}
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{run} is no run: it has no config.json of train.py") from None
     if not (run / "leader").is_dir():  # what training writes last
@@ -134,8 +141,10 @@ def test_questions(config):
     dataset, trained_on = config["dataset"], config["trained_on"]
     # benchmarks have a test split, and so has what was trained on; a file of one's own is all test
     own = Path(dataset).exists() and dataset not in ("tiny", "gsm8k", *data.BENCHMARKS, trained_on)
-    tasks = list(data.load_tasks(dataset, "all" if own else "test", config["eval_questions"], SEED))
-    train = data.load_tasks(trained_on, "train", config["questions"], config["seed"])
+    split, n, columns = "all" if own else "test", config["eval_questions"], data.columns(config)
+    tasks = list(data.load_tasks(dataset, split, n, SEED, **columns))
+    n, columns = config["questions"], config["trained_columns"]
+    train = data.load_tasks(trained_on, "train", n, config["seed"], **columns)
     seen = {data.fingerprint(question) for question in train["question"]}
     kept = [task for task in tasks if data.fingerprint(task["question"]) not in seen]
     if not kept:

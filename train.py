@@ -31,7 +31,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 import agents
 import evaluate
 import files
-from data import load_tasks
+from data import columns, load_tasks
 from rewards import extract_agent_answer, is_correct, reward, score
 
 option = lambda default, text: HfArg(default_factory=lambda: default, help=text)
@@ -46,6 +46,9 @@ class Arguments:
     leader: str = option("tiny", "leader: a folder or hub name; tiny is the built-in one")
     agents: list[str] = option(["tiny"], "the team: folders or hub names; none: plain GRPO, alone")
     dataset: str = option("tiny", "tiny, a .json/.jsonl file, or a benchmark (see data.py)")
+    question_column: str = option("", "what the dataset calls it, where it is no usual name")
+    answer_column: str = option("", "likewise")
+    task_column: str = option("", "likewise; the table counts by task")
     out: str = option("runs/mlpo", "folder of the run")
     seed: int = option(0, "seed of everything random")
     device: str = option("", "cuda, mps or cpu; by itself the first of them that is there")
@@ -103,8 +106,9 @@ def main(argv=None):
     files.start_processes(args)
     run = files.open_run(args.out, asdict(args), args.resume)
     if not (run / "results.json").exists():  # else it is finished: just its table once more
-        tasks = list(load_tasks(args.dataset, "train", args.questions, args.seed))
-        held = list(load_tasks(args.dataset, "validation", args.validation_questions, args.seed))
+        part = lambda name, n: load_tasks(args.dataset, name, n, args.seed, **columns(vars(args)))
+        tasks = list(part("train", args.questions))
+        held = list(part("validation", args.validation_questions))
         sft_done = (run / "leader_sft").exists()  # a resumed run may be past this phase
         name = str(run / "leader_sft") if sft_done else args.leader
         questions = [t["question"] for t in tasks + held]

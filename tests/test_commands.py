@@ -144,3 +144,27 @@ def test_bad_input_ends_the_script_with_status_2(tmp_path):
     done = command("train.py", "--group_size", "1", "--out", tmp_path / "run")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("train.py: --group_size")
+
+
+def test_columns_of_ones_own(run, tmp_path):
+    """In training, in the run's evaluation without another word, and in that of another file."""
+    rows = [
+        {"Frage": f"not ( True ) and {i} is", "Lösung": "False", "Art": "logic"} for i in range(60)
+    ]
+    mine, other = tmp_path / "mine.jsonl", tmp_path / "other.jsonl"
+    mine.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other.write_text('{"Q": "not ( False ) is", "target": "True"}\n')
+    own = ["--question_column", "Frage", "--answer_column", "Lösung", "--task_column", "Art"]
+    words = [*SMALL.replace("--rounds 2", "--rounds 1").split(), "--dataset", mine]
+    words += ["--questions", 12, "--easy_threshold", 1.01, "--out", tmp_path / "run"]
+    done = command("train.py", *words, *own, "--agents", "tiny/agent1")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert set(results["rows"][0]["per_task"]) == {"logic"}
+    again = command("evaluate.py", tmp_path / "run")
+    assert "already evaluated" in again.stdout, again.stderr
+    for column, status in (["Q", 0], ["Frage", 2]):
+        words = [tmp_path / "run", "--dataset", other, "--question_column", column]
+        done = command("evaluate.py", *words)
+        assert done.returncode == status, done.stderr
+    assert done.stderr.count("\n") == 1 and "no text in Frage" in done.stderr
