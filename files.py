@@ -83,7 +83,10 @@ def open_run(folder, config, resume):
     """The folder of the run with this config, and nobody else's. ValueError says what to do."""
     run = Path(folder)
     if (run / "config.json").exists():
-        old, free = read_json(run / "config.json"), ("out", "resume", "device", "save_steps")
+        old, free = (
+            read_json(run / "config.json"),
+            ("out", "resume", "device", "save_steps", "checkpointing"),
+        )
         for name, value in config.items():
             if name not in free and old.get(name) != value:
                 problem = f"holds another run, whose {name} is {old.get(name)!r}, not {value!r}"
@@ -106,6 +109,18 @@ def open_run(folder, config, resume):
     return run
 
 
+def by_tokens(items, budget, repeated=False):
+    """Micro-batches of like (prompt, completions, ...): up to `budget` tokens with padding.
+    `repeated`: every completion has its own copy of the prompt."""
+    copies = lambda item: len(item[1]) if repeated else 1
+    size = lambda item: copies(item) * len(item[0]) + sum(map(len, item[1]))
+    left = sorted(items, key=size)
+    while left:
+        n = sum(k * size(item) <= budget for k, item in enumerate(left, start=1)) or 1
+        yield zip(*left[:n])
+        left = left[n:]
+
+
 class Trainer:
     """What SFT and MLPO share: AdamW, its schedule, checkpoints, and a log line per step."""
 
@@ -113,6 +128,10 @@ class Trainer:
         self.args, self.run, self.model, self.phase, self.total = args, run, model, phase, total
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
         self.peak, self.step, self.bad = lr, 0, 0
+        if args.checkpointing:
+            model.activation_checkpointing_enable()
+            if drop := [x for x, p in model.config.to_dict().items() if "drop" in x and p]:
+                raise ValueError(f"--checkpointing trains without dropout: {drop[0]} must be 0")
         if (state := load_checkpoint(run / "checkpoint.pt")) and state["phase"] == phase:
             self.step = state["step"]
             model.load_state_dict(state["model"])

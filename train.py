@@ -74,6 +74,7 @@ class Arguments:
     kl_coef: float = option(0.0, "weight of the KL to the leader as it was before MLPO")
     scale_rewards: bool = option(False, "divide advantages by the group's standard deviation")
     tokens_per_batch: int = option(8192, "tokens in one forward pass: lower it if memory ends")
+    checkpointing: bool = option(False, "activations are made twice, not kept: slower, smaller")
     save_steps: int = option(50, "steps between checkpoints")
     resume: bool = option(False, "go on with the unfinished run in --out")
     validate_every: int = option(25, "MLPO steps between looks at the validation questions")
@@ -111,8 +112,7 @@ def main(argv=None):
         held = list(part("validation", args.validation_questions))
         sft_done = (run / "leader_sft").exists()  # a resumed run may be past this phase
         name = str(run / "leader_sft") if sft_done else args.leader
-        questions = [t["question"] for t in tasks + held]
-        leader, team = evaluate.load(run, vars(args), name, questions)
+        leader, team = evaluate.load(run, vars(args), name, [t["question"] for t in tasks + held])
         files.write_json(run / "config.json", asdict(args))
         rows = propose(args, args.proposals or run / "proposals.jsonl", team, tasks, args.samples)
         held_out = propose(args, run / "validation.jsonl", team, held, 1)
@@ -207,7 +207,7 @@ def sft(args, run, leader, rows):
             prompt = agents.encode(leader.tokenizer, messages) + encode(begin)
             batch.append((prompt, [encode(target) + [leader.tokenizer.eos_token_id]]))
         tokens = sum(len(target) for _, [target] in batch)  # one denominator for the step
-        for prompts, targets in by_tokens(files.share(batch), args.tokens_per_batch):
+        for prompts, targets in files.by_tokens(files.share(batch), args.tokens_per_batch):
             logprobs, mask = completion_logprobs(leader.model, prompts, targets)
             loss = -(logprobs * mask).sum() / tokens
             loss.backward()
@@ -269,7 +269,8 @@ def policy_gradient(args, model, reference, groups, advantages):
     # one denominator for the step, however it is cut, and whichever process has a share of it
     normalizer = args.questions_per_step * args.group_size * args.max_new_tokens
     sums = torch.zeros(4)  # loss; number of clipped tokens, sum of their KL, number of tokens
-    for prompts, completions, old, a in by_tokens(batch, args.tokens_per_batch):
+    repeated = model.is_activation_checkpointing
+    for prompts, completions, old, a in files.by_tokens(batch, args.tokens_per_batch, repeated):
         logprobs, mask = completion_logprobs(model, prompts, completions, args.temperature)
         old = pad_sequence([torch.tensor(x) for x in sum(old, [])], batch_first=True).to(logprobs)
         a, ref = torch.cat(a).to(logprobs), logprobs.detach()  # (completions,); (completions, R)
@@ -291,9 +292,12 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
     shared by its G completions: P + G R tokens instead of G (P + R); gradients flow back through
     the cache. Completions of like length are run together, so that little is padding."""
     device, g = model.device, len(completions[0])
-    # the prompt's last token predicts the completion's first: it is run with the completion
-    heads, seen = agents.pad([p[:-1] for p in prompts], device, "left")  # (B, P - 1) each
-    inputs = [p[-1:] + c[:-1] for p, group in zip(prompts, completions) for c in group]
+    # the prompt's last token predicts the completion's first: it is run with the completion; and so
+    # is all of the prompt with checkpointing, which works in training mode and without a cache
+    cut = 0 if model.is_activation_checkpointing else -1
+    model.train(cut == 0)
+    heads, seen = agents.pad([p[:cut] for p in prompts], device, "left")  # (B, P - 1) each
+    inputs = [p[cut:] + c[:-1] for p, group in zip(prompts, completions) for c in group]
     targets, mask = agents.pad([c for group in completions for c in group], device, "right")
     logprobs = torch.zeros(mask.shape, device=device)
     left = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
@@ -306,13 +310,15 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
             part = [i for i in left if len(inputs[i]) >= 0.7 * len(inputs[left[0]])]
             left, rows = left[len(part) :], torch.tensor(part, device=device)
             ids, own = agents.pad([inputs[i] for i in part], device, "right")  # (rows, R') each
-            shared = DynamicCache([(x.keys[rows // g], x.values[rows // g]) for x in prompt.layers])
+            pairs = [(x.keys[rows // g], x.values[rows // g]) for x in prompt.layers]
+            shared = DynamicCache(pairs) if pairs else None
             whole = torch.cat([seen[rows // g], own], dim=1)  # (rows, P - 1 + R')
             read = dict(attention_mask=whole, position_ids=whole.cumsum(1)[:, -own.shape[1] :] - 1)
-            hidden = model.base_model(ids, past_key_values=shared, **read).last_hidden_state
-            row, t = own.nonzero(as_tuple=True)  # where the tokens are: (tokens,) each
-            place = rows[row], t
+            hidden = model.base_model(ids, past_key_values=shared, use_cache=cut < 0, **read)[0]
+            row, k = mask[rows].nonzero(as_tuple=True)  # the tokens of completions: (tokens,) each
+            place, t = (rows[row], k), k + (own.sum(1) - mask[rows].sum(1))[row]
             logprobs[place] = token_logprobs(model, hidden[row, t], targets[place], temperature)
+    model.eval()
     return logprobs, mask
 
 
@@ -348,16 +354,6 @@ def grpo_loss(logprobs, old, advantages, mask, clip=0.2, ref=None, kl_coef=0.0, 
     if kl_coef:
         gain = gain - kl_coef * k3(logprobs, ref)
     return -(gain * mask).sum() / (normalizer or mask.numel())
-
-
-def by_tokens(items, budget):
-    """Micro-batches of like (prompt, completions, ...): up to `budget` tokens with padding."""
-    size = lambda item: len(item[0]) + sum(map(len, item[1]))
-    left = sorted(items, key=size)
-    while left:
-        n = sum(k * size(item) <= budget for k, item in enumerate(left, start=1)) or 1
-        yield zip(*left[:n])
-        left = left[n:]
 
 
 def describe(step):
