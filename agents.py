@@ -62,7 +62,7 @@ def encode(tokenizer, messages):
     A template that refuses a system message (Gemma's) gets it at the head of the user's turn."""
     if not tokenizer.chat_template:
         raise ValueError(f"{tokenizer.name_or_path} has no chat template: use an instruct model")
-    messages = [{**m, "content": defuse(tokenizer, m["content"])} for m in messages]
+    messages = defuse(tokenizer, messages)
     template = dict(add_generation_prompt=True, return_dict=False)
     try:
         return tokenizer.apply_chat_template(messages, **template)
@@ -72,13 +72,18 @@ def encode(tokenizer, messages):
         return tokenizer.apply_chat_template([user, *rest], **template)
 
 
-def defuse(tokenizer, text):
-    """Text as data: a chat marker in it (`<|im_end|>`) would become the real special token, and so
-    it is broken up by a space."""
-    for token in tokenizer.all_special_tokens:
-        while token in text:
-            text = text.replace(token, f"{token[0]} {token[1:]}")
-    return text
+def defuse(tokenizer, messages):
+    """Texts as data: a chat marker in one (`<|im_end|>`) would become the real special token, and
+    so it is broken up by a space. Llama 3 calls some of its markers special nowhere but here."""
+    added = [x.content for x in tokenizer.added_tokens_decoder.values() if x.special]
+
+    def broken(text):
+        for token in [*added, *tokenizer.all_special_tokens]:
+            while token in text:
+                text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
+    return [{**m, "content": broken(m["content"])} for m in messages]
 
 
 # ------------------------------------------------------------------------------------ sampling

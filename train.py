@@ -118,7 +118,8 @@ def main(argv=None):
         held_out = propose(args, run / "validation.jsonl", team, held, 1)
         hard, kept = drop_easy(args, rows)
         rng, keys, share = random.Random(args.seed), ("answer", "task"), args.team_dropout
-        lines = [{"prompt": leader_prompt(rng, r, share), **{k: r[k] for k in keys}} for r in kept]
+        asked = [agents.defuse(leader.tokenizer, leader_prompt(rng, r, share)) for r in kept]
+        lines = [{"prompt": p, **{k: r[k] for k in keys}} for p, r in zip(asked, kept)]
         files.write_text(run / "prompts.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
         if args.sft_steps and not sft_done:
             sft(args, run, leader, hard)
