@@ -1,7 +1,6 @@
 """Everything that speaks: the prompts, sampling with a shared prompt, the team and its rounds."""
 
 import hashlib
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,23 +60,28 @@ def encode(tokenizer, messages):
     A template that refuses a system message (Gemma's) gets it at the head of the user's turn."""
     if not tokenizer.chat_template:
         raise ValueError(f"{tokenizer.name_or_path} has no chat template: use an instruct model")
-    messages = [{**m, "content": defuse(tokenizer, m["content"])} for m in messages]
-    template = dict(add_generation_prompt=True, return_dict=False)
+    ids = lambda x: tokenizer.apply_chat_template(x, add_generation_prompt=True, return_dict=False)
+    messages = defuse(tokenizer, messages)
     try:
-        return tokenizer.apply_chat_template(messages, **template)
+        return ids(messages)
     except TemplateError:
         system, user, *rest = messages
-        user = {**user, "content": f"{system['content']}\n\n{user['content']}"}
-        return tokenizer.apply_chat_template([user, *rest], **template)
+        return ids([{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest])
 
 
-def defuse(tokenizer, text):
-    """Text as data: a chat marker in it (`<|im_end|>`) would become the real special token, and so
-    it is broken up by a space."""
-    for token in tokenizer.all_special_tokens:
-        while token in text:
-            text = text.replace(token, f"{token[0]} {token[1:]}")
-    return text
+def defuse(tokenizer, messages):
+    """Texts as data: a chat marker in one (`<|im_end|>`) would become the real special token, and
+    so it is broken up by a space. Llama 3 calls some of its markers special nowhere but here."""
+    added = [x.content for x in tokenizer.added_tokens_decoder.values() if x.special]
+
+    def broken(text):
+        for token in added + tokenizer.all_special_tokens:
+            apart = f"{token[0]} {token[1:]}"
+            while token in text and token not in apart:
+                text = text.replace(token, apart)
+        return text
+
+    return [{**m, "content": broken(m["content"])} for m in messages]
 
 
 # ------------------------------------------------------------------------------------ sampling
@@ -298,8 +302,8 @@ class Speaker:
         """Of all that makes its responses what they are: weights, prompt, sampling settings."""
         mark = hashlib.sha256(repr((encode(self.tokenizer, agent_messages("")), how)).encode())
         for weight in self.model.parameters():  # as bf16: the same on a CPU and on a GPU
-            bits = weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
-            mark.update(bits.numpy())
+            bits = weight.data.to("cpu", torch.bfloat16).contiguous()
+            mark.update(bits.view(torch.int16).numpy())
         return mark.hexdigest()[:16]
 
 
@@ -318,11 +322,13 @@ def load(name, device="cpu", resting="", dtype=torch.float32):
     return Speaker(name, model, tokenizer, device, resting)
 
 
-def load_team(spec, device="cpu"):
+def load_team(spec, device="cpu", served=None):
     """The agents of `--agents`. They wait in main memory, so that a GPU holds one of them at a
-    time, in bf16: they are frozen. The same name twice is two agents, with names of their own."""
+    time, in bf16: they are frozen. The same name twice is two agents, with names of their own.
+    `served` makes those that are on a server out of their names."""
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    team = [load(name, device, "cpu", dtype) for name in team_names(spec)]
+    local = lambda name: load(name, device, "cpu", dtype)
+    team = [served(name) if "://" in name else local(name) for name in team_names(spec)]
     names = [agent.name for agent in team]
     for i, agent in enumerate(team):
         if twins := names[:i].count(agent.name):
@@ -333,6 +339,9 @@ def load_team(spec, device="cpu"):
 def team_names(spec):
     """`tiny` -> the three built-in agents; `none` -> nobody; names -> themselves."""
     tiny = [f"tiny/agent{k}" for k in (1, 2, 3)]
+    for name in spec:  # no @ and no ?, where a key could be: it would be in the run's files
+        if "://" in name and not re.fullmatch(r"https?://[^\s@?#]+#[^\s#]+", name):
+            raise ValueError(f"--agents {name}: not like http://127.0.0.1:8000/v1#model")
     return tiny if spec == ["tiny"] else [] if spec == ["none"] else spec
 
 
@@ -388,12 +397,3 @@ def later_rounds(leader, team, rows, said, rounds, **how):
             for (_, s, _), [c] in zip(mine, refined):
                 s[k] = c.text
     return [c for [c] in written]
-
-
-def check_context(speaker, questions, quoted, max_new_tokens):
-    """ValueError if a question, `quoted` texts of others and a completion may be too long."""
-    room = getattr(speaker.model.config, "max_position_embeddings", None) or math.inf
-    prompts = [encode(speaker.tokenizer, leader_messages(q, [""] * quoted)) for q in questions]
-    need = max(map(len, prompts)) + (quoted + 1) * max_new_tokens
-    if need > room:
-        raise ValueError(f"lower --max_new_tokens: {speaker.name} reads {room} tokens, not {need}")

@@ -64,6 +64,12 @@ def load_tasks(spec, split, n=None, seed=0, question_column="", answer_column=""
     return datasets.Dataset.from_list(rows[:n])
 
 
+def columns(config):
+    """Of the settings of a run, or the options of a command, those for `load_tasks`."""
+    names = ("question_column", "answer_column", "task_column")
+    return {name: config.get(name, "") for name in names}
+
+
 def fingerprint(question):
     """Questions that differ in white space only are the same question."""
     return hashlib.sha256(" ".join(question.split()).encode()).hexdigest()

@@ -26,6 +26,7 @@ from tqdm import tqdm
 import agents
 import data
 import files
+import rewards
 from rewards import extract_agent_answer, extract_answer, is_correct
 
 SEED = 0  # of the questions, the agents and the ties: constant, so that runs can be compared
@@ -37,6 +38,11 @@ def main(argv=None):
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="a folder that train.py has filled")
     add("--dataset", help="other questions than the run's: a name or a file (see data.py)")
+    for name in data.columns({}):
+        add(
+            f"--{name}",
+            help="what --dataset calls it; by itself as in training, if it is the run's",
+        )
     add("--rounds", type=int, help="T, rounds of leader and team; by itself the run's (--ask: 1)")
     add("--eval_questions", type=int, help="how many questions; by itself the run's")
     add("--device", help="cuda, mps or cpu; by itself the run's")
@@ -67,7 +73,7 @@ def measure(run, **options):
         return saved
 
     questions = [task["question"] for task in tasks]
-    leader, team = load(config, config["leader"], questions)
+    leader, team = load(run, config, config["leader"], questions)
     results = {"dataset": dataset, "questions": len(tasks), "settings": settings}
     ids = leader.tokenizer(questions, add_special_tokens=False)["input_ids"]
     results["unknown_words"] = fmean(i == leader.tokenizer.unk_token_id for row in ids for i in row)
@@ -113,7 +119,9 @@ def open_run(run, **options):
     run = Path(run)
     try:
         config = files.read_json(run / "config.json")
-        config = {**config, "trained_on": config["dataset"], **options}
+        trained = {"trained_on": config["dataset"], "trained_columns": data.columns(config)}
+        other = options.get("dataset", config["dataset"]) != config["dataset"]
+        config = {**config, **trained, **data.columns({} if other else config), **options}
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{run} is no run: it has no config.json of train.py") from None
     if not (run / "leader").is_dir():  # what training writes last
@@ -135,8 +143,10 @@ def test_questions(config):
         raise ValueError(f"--eval_questions must be at least 1, not {n}")
     # benchmarks have a test split, and so has what was trained on; a file of one's own is all test
     own = Path(dataset).exists() and dataset not in ("tiny", "gsm8k", *data.BENCHMARKS, trained_on)
-    tasks = list(data.load_tasks(dataset, "all" if own else "test", n, SEED))
-    train = data.load_tasks(trained_on, "train", config["questions"], config["seed"])
+    split, columns = "all" if own else "test", data.columns(config)
+    tasks = list(data.load_tasks(dataset, split, n, SEED, **columns))
+    n, columns = config["questions"], config["trained_columns"]
+    train = data.load_tasks(trained_on, "train", n, config["seed"], **columns)
     seen = {data.fingerprint(question) for question in train["question"]}
     kept = [task for task in tasks if data.fingerprint(task["question"]) not in seen]
     if not kept:
@@ -144,6 +154,22 @@ def test_questions(config):
     if len(kept) < len(tasks):
         print(f"{len(tasks) - len(kept)} of {len(tasks)} questions were in training: left out")
     return kept
+
+
+def describe(step):
+    """A training step's ((completions, question), rewards) in numbers: means over completions."""
+    scores = [[rewards.score(c.text, row["answer"]) for c in group] for (group, row), _ in step]
+    everyone = [c for (group, _), _ in step for c in group]
+    return {
+        "reward": fmean(r for _, rewards in step for r in rewards),
+        "accuracy": fmean(right for group in scores for right, _ in group),
+        "format": fmean(formatted for group in scores for _, formatted in group),
+        "length": fmean(len(c.ids) for c in everyone),
+        "truncated": fmean(not c.finished for c in everyone),
+        "entropy": fmean(-sum(c.logprobs) / len(c.ids) for c in everyone),  # per token, estimated
+        "flat": fmean(len({right for right, _ in group}) == 1 for group in scores),
+        "tokens": sum(len(g[0].prompt_ids) + sum(len(c.ids) for c in g) for (g, _), _ in step),
+    }
 
 
 def validate(args, leader, rows):
@@ -157,12 +183,20 @@ def validate(args, leader, rows):
     return accuracy
 
 
-def load(config, leader, questions):
+def load(run, config, leader, questions):
     """The leader and its team. ValueError if a prompt, with what it quotes, may be too long."""
-    leader = agents.load(leader, config["device"])
-    team = agents.load_team(config["agents"], config["device"])
-    for speaker in (leader, *team):  # a leader reads K responses, an agent two texts
-        agents.check_context(speaker, questions, max(2, len(team)), config["max_new_tokens"])
+    leader, n = agents.load(leader, config["device"]), config["max_new_tokens"]
+    served = lambda name: files.Server(name, Path(run, "server.jsonl"))
+    team = agents.load_team(config["agents"], config["device"], served)
+    quoted = max(2, len(team))  # a leader reads K responses, an agent two texts
+    prompts = [agents.leader_messages(question, [""] * quoted) for question in questions]
+    for speaker in (leader, *team):
+        if isinstance(speaker, agents.Speaker):  # a server says so itself
+            room = getattr(speaker.model.config, "max_position_embeddings", None) or math.inf
+            need = max(len(agents.encode(speaker.tokenizer, p)) for p in prompts) + (quoted + 1) * n
+            if need > room:
+                problem = f"{speaker.name} reads {room} tokens, not {need}"
+                raise ValueError(f"lower --max_new_tokens: {problem}")
     return leader, team
 
 
@@ -179,7 +213,7 @@ def ask(runs, question, rounds=1, **options):
     if len(runs) > 1 or not question.strip():
         raise ValueError("--ask needs a question, and one RUN to answer it")
     config, stages = open_run(runs[0], **options)
-    leader, team = load(config, list(stages.values())[-1], [question])
+    leader, team = load(runs[0], config, list(stages.values())[-1], [question])
     how = {key: config[key] for key in ("temperature", "max_new_tokens")}
     [[alone]] = leader.answer([agents.leader_messages(question)], **how | {"temperature": 0})
     print(f"[the leader alone]\n{alone.text}")

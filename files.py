@@ -1,19 +1,26 @@
-"""A run's folder (whole files, one run at a time), its training steps, its several processes."""
+"""What is no part of the method: a run's folder (whole files, one run at a time), its training
+steps and their log, several processes, agents on a server."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import signal
 import sys
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import InferenceClient, get_session
 from safetensors import SafetensorError
 from tqdm import tqdm
+
+import agents
 
 
 def fail(message):
@@ -112,7 +119,10 @@ def open_run(folder, config, resume):
     """The folder of the run with this config, and nobody else's. ValueError says what to do."""
     run = Path(folder)
     if (run / "config.json").exists():
-        old, free = read_json(run / "config.json"), ("out", "resume", "device", "save_steps")
+        old, free = (
+            read_json(run / "config.json"),
+            ("out", "resume", "device", "save_steps", "checkpointing"),
+        )
         for name, value in config.items():
             if name not in free and old.get(name) != value:
                 problem = f"holds another run, whose {name} is {old.get(name)!r}, not {value!r}"
@@ -144,6 +154,18 @@ ALARMS = (
 )
 
 
+def by_tokens(items, budget, repeated=False):
+    """Micro-batches of like (prompt, completions, ...): up to `budget` tokens with padding.
+    `repeated`: every completion has its own copy of the prompt."""
+    copies = lambda item: len(item[1]) if repeated else 1
+    size = lambda item: copies(item) * len(item[0]) + sum(map(len, item[1]))
+    left = sorted(items, key=size)
+    while left:
+        n = sum(k * size(item) <= budget for k, item in enumerate(left, start=1)) or 1
+        yield zip(*left[:n])
+        left = left[n:]
+
+
 class Trainer:
     """What SFT and MLPO share: AdamW, its schedule, checkpoints, and a log line per step."""
 
@@ -151,6 +173,10 @@ class Trainer:
         self.args, self.run, self.model, self.phase, self.total = args, run, model, phase, total
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
         self.peak, self.step, self.bad, self.recent = lr, 0, 0, []
+        if args.checkpointing:
+            model.activation_checkpointing_enable()
+            if drop := [x for x, p in model.config.to_dict().items() if "drop" in x and p]:
+                raise ValueError(f"--checkpointing trains without dropout: {drop[0]} must be 0")
         self.saved, path = "there is none", run / "checkpoint.pt"
         if (state := load_checkpoint(path)) and state["phase"] == phase:
             self.step, self.saved = state["step"], f"{path}, after step {state['step']}"
@@ -250,3 +276,84 @@ def add_up_gradients(model):
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
+
+
+# -------------------------------------------------------------------------- agents on a server
+CONCURRENT, TIMEOUT, WAITS = 8, 300, (0.5, 1, 2, 4, 8, 15, 30, 30, 30)  # requests; seconds
+
+
+class Server:
+    """An agent behind an OpenAI-compatible endpoint (vLLM, llama.cpp, `transformers serve`), asked
+    like a `Speaker`. Every reply is at once in the `journal`, and the next start takes it from
+    there: the j-th time that something is asked, the j-th reply to it."""
+
+    def __init__(self, name, journal):
+        self.name, self.journal, (url, self.model) = name, journal, name.split("#")
+        # without a key of its own the client would send the user's token for the hub
+        self.key = os.environ.get("MLPO_API_KEY") or "EMPTY"
+        self.client = InferenceClient(base_url=url, api_key=self.key, timeout=TIMEOUT / 5)
+        # the client's hook enforces HF_HUB_OFFLINE; this server is not the hub
+        hooks, ours = get_session().event_hooks["request"], lambda r: str(r.url).startswith(url)
+        get_session().event_hooks = {"request": [lambda r: ours(r) or [h(r) for h in hooks]]}
+        self.stop, self.hint, self.saved = threading.Event(), "", {}
+        self.request(agents.agent_messages("1 + 1 is"), 1.0, 1, WAITS[:4])  # is anybody there?
+        self.client.timeout = TIMEOUT
+        self.hint = ". What it said is saved: repeat the command (train.py's with --resume)"
+        for row in read_jsonl(journal):
+            self.saved.setdefault(row["key"], []).append(row)
+
+    def answer(self, prompts, n=1, temperature=1.0, max_new_tokens=256, bar=None):
+        how, said = (temperature, max_new_tokens), []
+        self.stop.clear()
+        pool = ThreadPoolExecutor(CONCURRENT)
+        try:  # one request for each sample: not every server knows n
+            asked = [pool.submit(self.ask, m, *how) for m in prompts for _ in range(n)]
+            for future in asked:
+                said.append(future.result())
+                if bar is not None:
+                    bar.update()
+        finally:  # what is under way still arrives and is saved; nothing else is asked
+            self.stop.set()
+            pool.shutdown(cancel_futures=True)
+        return [said[i : i + n] for i in range(0, len(said), n)]
+
+    def fingerprint(self, *how, messages=(), **more):
+        """Of all that is known to make its responses what they are."""
+        messages = messages or agents.agent_messages("")
+        return hashlib.sha256(json.dumps([self.name, messages, how, more]).encode()).hexdigest()
+
+    def ask(self, messages, *how):
+        key = self.fingerprint(*how, messages=messages)
+        try:
+            row = self.saved[key].pop(0)
+        except LookupError:
+            row = {"agent": self.name, "key": key, **self.request(messages, *how, WAITS)}
+            append_jsonl(self.journal, [row])
+        # of these ids only the number counts
+        ids, prompt_ids = range(row["completion_tokens"]), range(row["prompt_tokens"])
+        return agents.Completion(row["text"], ids, [], row["finished"], prompt_ids)
+
+    def request(self, messages, temperature, max_new_tokens, waits):
+        """One reply; asked for again, ever later, while the server is away or talks nonsense."""
+        how = dict(model=self.model, temperature=temperature, max_tokens=max_new_tokens)
+        for wait in (*waits, None):
+            try:
+                reply = self.client.chat_completion(messages, **how)
+                text, end = reply.choices[0].message.content, reply.choices[0].finish_reason
+                text = "" if text is None and end == "length" else text  # cut off while it thought
+                # JSON can hold half a character, and a server may not heed max_tokens
+                text = text.encode(errors="replace").decode()[: 20 * max_new_tokens]
+                break
+            except Exception as error:  # of a dozen kinds: refused, reset, late, not JSON, null
+                status = getattr(getattr(error, "response", None), "status_code", 0)
+                refused = 300 <= status < 500 and status not in (408, 429)
+                if refused or wait is None or self.stop.wait(wait):
+                    why = f"{status or type(error).__name__}: {error}".replace(self.key, "(key)")
+                    why = " ".join(why.split())[:300] + self.hint
+                    raise ValueError(f"agent {self.name} does not answer: {why}") from None
+        said = {"text": text, "finished": end != "length"}
+        asked = "".join(m["content"] for m in messages)
+        for what, words in (("completion_tokens", text), ("prompt_tokens", asked)):
+            n = getattr(reply.usage, what, None)  # not every server counts: 4 letters are a token
+            said[what] = n if type(n) is int and 0 <= n < 2**31 else len(words) // 4 + 1
+        return said

@@ -29,8 +29,8 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 import agents
 import evaluate
 import files
-from data import load_tasks
-from rewards import extract_agent_answer, is_correct, reward, score
+from data import columns, load_tasks
+from rewards import extract_agent_answer, is_correct, reward
 
 option = lambda default, text: HfArg(default_factory=lambda: default, help=text)
 # bounds of these numbers; by itself a whole number is at least 1, and any other not negative
@@ -44,6 +44,9 @@ class Arguments:
     leader: str = option("tiny", "leader: a folder or hub name; tiny is the built-in one")
     agents: list[str] = option(["tiny"], "the team: folders or hub names; none: plain GRPO, alone")
     dataset: str = option("tiny", "tiny, a .json/.jsonl file, or a benchmark (see data.py)")
+    question_column: str = option("", "what the dataset calls it, where it is no usual name")
+    answer_column: str = option("", "likewise")
+    task_column: str = option("", "likewise; the table counts by task")
     out: str = option("runs/mlpo", "folder of the run")
     seed: int = option(0, "seed of everything random")
     device: str = option("", "cuda, mps or cpu; by itself the first of them that is there")
@@ -72,6 +75,7 @@ class Arguments:
     kl_coef: float = option(0.0, "weight of the KL to the leader as it was before MLPO")
     scale_rewards: bool = option(False, "divide advantages by the group's standard deviation")
     tokens_per_batch: int = option(8192, "tokens in one forward pass: lower it if memory ends")
+    checkpointing: bool = option(False, "activations are made twice, not kept: slower, smaller")
     save_steps: int = option(50, "steps between checkpoints")
     resume: bool = option(False, "go on with the unfinished run in --out")
     validate_every: int = option(25, "MLPO steps between looks at the validation questions")
@@ -106,17 +110,19 @@ def main(argv=None):
     files.start_processes(args)
     run = files.open_run(args.out, asdict(args), args.resume)
     if not (run / "results.json").exists():  # else it is finished: just its table once more
-        tasks = list(load_tasks(args.dataset, "train", args.questions, args.seed))
-        held = list(load_tasks(args.dataset, "validation", args.validation_questions, args.seed))
+        part = lambda name, n: load_tasks(args.dataset, name, n, args.seed, **columns(vars(args)))
+        tasks = list(part("train", args.questions))
+        held = list(part("validation", args.validation_questions))
         sft_done = (run / "leader_sft").exists()  # a resumed run may be past this phase
         name = str(run / "leader_sft") if sft_done else args.leader
-        leader, team = evaluate.load(vars(args), name, [t["question"] for t in tasks + held])
+        leader, team = evaluate.load(run, vars(args), name, [t["question"] for t in tasks + held])
         files.write_json(run / "config.json", asdict(args))
         rows = propose(args, args.proposals or run / "proposals.jsonl", team, tasks, args.samples)
         held_out = propose(args, run / "validation.jsonl", team, held, 1)
         hard, kept = drop_easy(args, rows)
         rng, texts = random.Random(args.seed), lambda row: pick_responses(rng, row, args).values()
-        prompts = [agents.leader_messages(row["question"], texts(row)) for row in kept]
+        asked = [agents.leader_messages(row["question"], texts(row)) for row in kept]
+        prompts = [agents.defuse(leader.tokenizer, messages) for messages in asked]
         lines = [dict(prompt=p, answer=r["answer"], task=r["task"]) for p, r in zip(prompts, kept)]
         files.write_jsonl(run / "prompts.jsonl", lines)
         if args.sft_steps and not sft_done:
@@ -149,7 +155,8 @@ def propose(args, path, team, tasks, n):
         fits = lambda row, mark=mark: row.get("made_by") == mark and len(row["responses"]) >= n
         done = {q for (agent, q), row in cached.items() if agent == name and fits(row)}
         if path == args.proposals and (left := [q for q in questions if q not in done]):
-            raise ValueError(f"--proposals: nothing of this {name} on {left[0][:50]!r}...")
+            same = "with this model, prompt, --temperature and --max_new_tokens"
+            raise ValueError(f"--proposals: nothing of {name} {same} on {left[0][:50]!r}...")
         for part in tqdm(files.share(parts), f"proposals: {name}", leave=False):
             if not done.issuperset(part):  # then all of it, with the same random numbers again
                 seed_everything(args.seed, "propose", name, part[0])
@@ -212,7 +219,7 @@ def sft(args, run, leader, rows):
             prompt = agents.encode(leader.tokenizer, messages) + encode(begin)
             batch.append((prompt, [encode(target) + [leader.tokenizer.eos_token_id]]))
         tokens = sum(len(target) for _, [target] in batch)  # one denominator for the step
-        for prompts, targets in by_tokens(files.share(batch), args.tokens_per_batch):
+        for prompts, targets in files.by_tokens(files.share(batch), args.tokens_per_batch):
             logprobs, mask = completion_logprobs(leader.model, prompts, targets)
             loss = -(logprobs * mask).sum() / tokens
             loss.backward()
@@ -244,7 +251,7 @@ def mlpo(args, run, leader, team, rows, held_out):
             stats = policy_gradient(args, leader.model, reference, groups, advantages)
             stats |= trainer.update()
         stats |= {"sampling": sampled - began, "training": time.time() - sampled}
-        stats |= describe(files.gather(list(zip(asked, rewards))))
+        stats |= evaluate.describe(files.gather(list(zip(asked, rewards))))
         stats["tokens"] += sum(files.gather([len(c.prompt_ids) + len(c.ids) for c in extra]))
         trainer.log(**stats, tokens_per_s=stats["tokens"] / (time.time() - began))
     trainer.log("validation", **evaluate.validate(args, leader, held_out))
@@ -287,7 +294,8 @@ def policy_gradient(args, model, reference, groups, advantages):
     # one denominator for the step, however it is cut, and whichever process has a share of it
     normalizer = args.questions_per_step * args.group_size * args.max_new_tokens
     sums = torch.zeros(4)  # loss; number of clipped tokens, sum of their KL, number of tokens
-    for prompts, completions, old, a in by_tokens(batch, args.tokens_per_batch):
+    repeated = model.is_activation_checkpointing
+    for prompts, completions, old, a in files.by_tokens(batch, args.tokens_per_batch, repeated):
         logprobs, mask = completion_logprobs(model, prompts, completions, args.temperature)
         old = pad_sequence([torch.tensor(x) for x in sum(old, [])], batch_first=True).to(logprobs)
         a, ref = torch.cat(a).to(logprobs), logprobs.detach()  # (completions,); (completions, R)
@@ -309,9 +317,12 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
     shared by its G completions: P + G R tokens instead of G (P + R); gradients flow back through
     the cache. Completions of like length are run together, so that little is padding."""
     device, g = model.device, len(completions[0])
-    # the prompt's last token predicts the completion's first: it is run with the completion
-    heads, seen = agents.pad([p[:-1] for p in prompts], device, "left")  # (B, P - 1) each
-    inputs = [p[-1:] + c[:-1] for p, group in zip(prompts, completions) for c in group]
+    # the prompt's last token predicts the completion's first: it is run with the completion; and so
+    # is all of the prompt with checkpointing, which works in training mode and without a cache
+    cut = 0 if model.is_activation_checkpointing else -1
+    model.train(cut == 0)
+    heads, seen = agents.pad([p[:cut] for p in prompts], device, "left")  # (B, P - 1) each
+    inputs = [p[cut:] + c[:-1] for p, group in zip(prompts, completions) for c in group]
     targets, mask = agents.pad([c for group in completions for c in group], device, "right")
     logprobs = torch.zeros(mask.shape, device=device)
     left = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
@@ -324,13 +335,15 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
             part = [i for i in left if len(inputs[i]) >= 0.7 * len(inputs[left[0]])]
             left, rows = left[len(part) :], torch.tensor(part, device=device)
             ids, own = agents.pad([inputs[i] for i in part], device, "right")  # (rows, R') each
-            shared = DynamicCache([(x.keys[rows // g], x.values[rows // g]) for x in prompt.layers])
+            pairs = [(x.keys[rows // g], x.values[rows // g]) for x in prompt.layers]
+            shared = DynamicCache(pairs) if pairs else None
             whole = torch.cat([seen[rows // g], own], dim=1)  # (rows, P - 1 + R')
             read = dict(attention_mask=whole, position_ids=whole.cumsum(1)[:, -own.shape[1] :] - 1)
-            hidden = model.base_model(ids, past_key_values=shared, **read).last_hidden_state
-            row, t = own.nonzero(as_tuple=True)  # where the tokens are: (tokens,) each
-            place = rows[row], t
+            hidden = model.base_model(ids, past_key_values=shared, use_cache=cut < 0, **read)[0]
+            row, k = mask[rows].nonzero(as_tuple=True)  # the tokens of completions: (tokens,) each
+            place, t = (rows[row], k), k + (own.sum(1) - mask[rows].sum(1))[row]
             logprobs[place] = token_logprobs(model, hidden[row, t], targets[place], temperature)
+    model.eval()
     return logprobs, mask
 
 
@@ -366,32 +379,6 @@ def grpo_loss(logprobs, old, advantages, mask, clip=0.2, ref=None, kl_coef=0.0, 
     if kl_coef:
         gain = gain - kl_coef * k3(logprobs, ref)
     return -(gain * mask).sum() / (normalizer or mask.numel())
-
-
-def by_tokens(items, budget):
-    """Micro-batches of like (prompt, completions, ...): up to `budget` tokens with padding."""
-    size = lambda item: len(item[0]) + sum(map(len, item[1]))
-    left = sorted(items, key=size)
-    while left:
-        n = sum(k * size(item) <= budget for k, item in enumerate(left, start=1)) or 1
-        yield zip(*left[:n])
-        left = left[n:]
-
-
-def describe(step):
-    """The step's ((completions, question), rewards) in numbers, each a mean over completions."""
-    scores = [[score(c.text, row["answer"]) for c in group] for (group, row), _ in step]
-    everyone = [c for (group, _), _ in step for c in group]
-    return {
-        "reward": fmean(r for _, rewards in step for r in rewards),
-        "accuracy": fmean(right for group in scores for right, _ in group),
-        "format": fmean(formatted for group in scores for _, formatted in group),
-        "length": fmean(len(c.ids) for c in everyone),
-        "truncated": fmean(not c.finished for c in everyone),
-        "entropy": fmean(-sum(c.logprobs) / len(c.ids) for c in everyone),  # per token, estimated
-        "flat": fmean(len({right for right, _ in group}) == 1 for group in scores),
-        "tokens": sum(len(g[0].prompt_ids) + sum(len(c.ids) for c in g) for (g, _), _ in step),
-    }
 
 
 if __name__ == "__main__":

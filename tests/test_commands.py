@@ -186,7 +186,8 @@ def test_random_teams_and_later_rounds_resumed_and_evaluated_afterwards(run, tmp
 
 def test_the_config_says_what_the_papers_setting_is(run, tmp_path):
     folder = tmp_path / "paper"
-    words = "--questions 20 --validation_questions 1 --sft_steps 0 --steps 0 --eval_questions 0"
+    words = "--questions 20 --validation_questions 1 --sft_steps 0 --steps 0 --eval_questions 0 "
+    words += "--max_new_tokens 60"
     shared = ["--proposals", run[0] / "proposals.jsonl"]
     done = command("train.py", *words.split(), *shared, "--paper", "--out", folder)
     assert done.returncode == 0, done.stderr
@@ -269,3 +270,27 @@ def test_memory_is_flat_over_500_steps(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     held = json.loads(done.stdout.splitlines()[-1])  # MB: the most in each hundred steps
     assert held[-1] < held[1] + 20, held
+
+
+def test_columns_of_ones_own(run, tmp_path):
+    """In training, in the run's evaluation without another word, and in that of another file."""
+    rows = [
+        {"Frage": f"not ( True ) and {i} is", "Lösung": "False", "Art": "logic"} for i in range(60)
+    ]
+    mine, other = tmp_path / "mine.jsonl", tmp_path / "other.jsonl"
+    mine.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other.write_text('{"Q": "not ( False ) is", "target": "True"}\n')
+    own = ["--question_column", "Frage", "--answer_column", "Lösung", "--task_column", "Art"]
+    words = [*SMALL.replace("--rounds 2", "--rounds 1").split(), "--dataset", mine]
+    words += ["--questions", 12, "--easy_threshold", 1.01, "--out", tmp_path / "run"]
+    done = command("train.py", *words, *own, "--agents", "tiny/agent1")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert set(results["rows"][0]["per_task"]) == {"logic"}
+    again = command("evaluate.py", tmp_path / "run")
+    assert "already evaluated" in again.stdout, again.stderr
+    for column, status in (["Q", 0], ["Frage", 2]):
+        words = [tmp_path / "run", "--dataset", other, "--question_column", column]
+        done = command("evaluate.py", *words)
+        assert done.returncode == status, done.stderr
+    assert done.stderr.count("\n") == 1 and "no text in Frage" in done.stderr

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 import files
 
-ARGS = SimpleNamespace(warmup=0, save_steps=2)
+ARGS = SimpleNamespace(warmup=0, save_steps=2, checkpointing=False)
 
 
 def trainer(run, total=30):

@@ -10,7 +10,7 @@ import agents
 import tiny
 from data import load_tasks
 from rewards import extract_agent_answer, is_correct
-from tiny_models import make
+from tiny_models import make, puzzles
 
 DRAWS = 300
 BBH = [SHARED / "bbh" / f"{task}.json" for task in tiny.TASKS]
@@ -29,7 +29,7 @@ def right_answer(task, question):
         return "No" if place else "Yes"
     if task == "object_counting":
         kind = re.search(r"How many ([a-z ]+)s do", question)[1]
-        singular = {form: n for k in tiny.KINDS for n in words(k) for form in (n, plural(n))}
+        singular = {form: n for k in puzzles.KINDS for n in words(k) for form in (n, plural(n))}
         numbers = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4, "five": 5}
         listed = question.split("I have ")[1].split(". How")[0].replace(", and ", ", ")
         items = [item.split(" ", 1) for item in listed.split(", ")]
@@ -45,11 +45,11 @@ def right_answer(task, question):
     text = question.split("Input: ")[1].replace(" ", "")
     while (shorter := re.sub(r"\(\)|\[\]|\{\}|<>", "", text)) != text:
         text = shorter
-    return " ".join(tiny.BRACKETS[b] for b in reversed(text))
+    return " ".join(puzzles.BRACKETS[b] for b in reversed(text))
 
 
 def words(kind):
-    return [noun.replace("_", " ") for noun in tiny.KINDS[kind].split()]
+    return [noun.replace("_", " ") for noun in puzzles.KINDS[kind].split()]
 
 
 def plural(noun):

@@ -3,9 +3,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, modeling_layers
 
 import agents
+import files
 import train
 from agents import sample
 
@@ -42,6 +43,49 @@ def test_shared_prompt_training_is_the_plain_one(model, prompts, g):
         torch.testing.assert_close(row[kept], expected, atol=1e-5, rtol=0)
     shared_gradient = gradient(model, (weights[:, None] * shared * mask).sum())
     assert (shared_gradient - plain_gradient).norm() < 1e-4 * plain_gradient.norm()
+
+
+@pytest.fixture
+def checkpointing(model):
+    model.activation_checkpointing_enable()
+    yield
+    model.activation_checkpointing_disable()
+
+
+@pytest.mark.parametrize("g", [1, 3])
+def test_checkpointing_changes_nothing_but_memory(model, prompts, g, checkpointing, monkeypatch):
+    """Log-probabilities 1e-5, gradients 1e-4, from the shared prompt's; the cache is not missed."""
+    rng, said = random.Random(0), []
+    draw = lambda: [rng.randrange(5, 300) for _ in range(rng.randint(1, 9))]
+    completions = [[draw() for _ in range(g)] for _ in prompts]
+    weights = torch.rand(len(prompts) * g, 1)
+    monkeypatch.setattr(modeling_layers.logger, "warning_once", said.append)
+    run = lambda: train.completion_logprobs(model, prompts, completions, 0.8)
+    logprobs, mask = run()
+    again = gradient(model, (weights * logprobs * mask).sum())
+    model.activation_checkpointing_disable()
+    shared, same_mask = run()
+    assert mask.equal(same_mask) and not model.training and not said
+    torch.testing.assert_close(logprobs * mask, shared * mask, atol=1e-5, rtol=0)
+    expected = gradient(model, (weights * shared * mask).sum())
+    assert (again - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_checkpointing_refuses_dropout_and_counts_copies(model, tmp_path):
+    args = train.Arguments(checkpointing=True)
+    files.Trainer(args, tmp_path, model, "sft", 1, 1e-3)
+    assert model.is_activation_checkpointing
+    model.activation_checkpointing_disable()
+    model.config.attention_dropout = 0.1
+    try:
+        with pytest.raises(ValueError, match="attention_dropout must be 0"):
+            files.Trainer(args, tmp_path, model, "sft", 1, 1e-3)
+    finally:
+        model.config.attention_dropout = 0.0
+        model.activation_checkpointing_disable()
+    items = [([0] * 10, [[0], [0]])] * 6  # 12 tokens with a shared prompt, 22 with two copies
+    sizes = lambda *how: [len(list(zip(*part))) for part in files.by_tokens(items, 44, *how)]
+    assert sizes() == [3, 3] and sizes(True) == [2, 2, 2]
 
 
 def test_prompts_of_one_token_alone(model):
@@ -188,7 +232,7 @@ def test_parts_keep_to_their_budget():
     rng = random.Random(0)
     for n in range(30):
         items = [([0] * rng.randint(1, 40), [[0] * rng.randint(0, 10)]) for _ in range(n)]
-        parts = [list(zip(*columns)) for columns in train.by_tokens(items, 100)]
+        parts = [list(zip(*columns)) for columns in files.by_tokens(items, 100)]
         assert sorted(x for part in parts for x in part) == sorted(items)
         sizes = [[len(prompt) + len(said) for prompt, [said] in part] for part in parts]
         assert all(max(part) * len(part) <= 100 for part in sizes)
@@ -303,7 +347,7 @@ def test_proposals_belong_to_what_made_them(tmp_path, monkeypatch):
     train.propose(args, path, [agent], tasks, 2)
     for change in changes:
         change()
-        with pytest.raises(ValueError, match="nothing of this tiny/agent1"):
+        with pytest.raises(ValueError, match="nothing of tiny/agent1"):
             train.propose(
                 SimpleNamespace(**vars(args) | {"proposals": path}), path, [agent], tasks, 2
             )

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import files
 from agents import agent_messages, encode, leader_messages
 from data import load_tasks
-from tiny import NAMES, OFFICIAL, TASKS, draw, fingerprint, official
+from tiny import OFFICIAL, TASKS, draw, fingerprint, official
+from tiny_models.puzzles import NAMES
 
 HERE = Path(__file__).parent
 STEPS = {"school": 1800, "agent1": 1100, "agent2": 1100, "agent3": 1100, "leader": 1200}
