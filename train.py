@@ -335,8 +335,8 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
             part = [i for i in left if len(inputs[i]) >= 0.7 * len(inputs[left[0]])]
             left, rows = left[len(part) :], torch.tensor(part, device=device)
             ids, own = agents.pad([inputs[i] for i in part], device, "right")  # (rows, R') each
-            pairs = [(x.keys[rows // g], x.values[rows // g]) for x in prompt.layers]
-            shared = DynamicCache(pairs) if pairs else None
+            shared = [(x.keys[rows // g], x.values[rows // g]) for x in prompt.layers]
+            shared = DynamicCache(shared) if shared else None  # the list would hold memory
             whole = torch.cat([seen[rows // g], own], dim=1)  # (rows, P - 1 + R')
             read = dict(attention_mask=whole, position_ids=whole.cumsum(1)[:, -own.shape[1] :] - 1)
             hidden = model.base_model(ids, past_key_values=shared, use_cache=cut < 0, **read)[0]

@@ -1,0 +1,134 @@
+"""How much memory does it take? Computed from the shapes of the models, and measured.
+
+    python benchmarks/memory.py                                # computed; the tiny one measured too
+    python benchmarks/memory.py --device cuda --measure 0.5B 1.5B      # on a GPU
+    python benchmarks/memory.py --models 0.5B --measure 0.5B --prompt 128 --completion 32 --group 4
+
+Weights are random: only their shapes matter. P tokens of prompt, G completions of R tokens each; N
+weights, L layers, h hidden, I inner, kv key-value, V vocabulary size. b bytes: 4 on a CPU, else 2.
+
+    weights 4 N, gradients 4 N, AdamW 8 N; on a GPU autocast's copy in training 2 N
+    agent       2 N of the largest agent (--agent): they are bf16 and take turns
+    cache       2 L kv b (P + G R) for each prompt that is sampled at one time (2^14 tokens; 2^17)
+    activations (L + 1) times b [t (4 I + 4 h) + 2 h (P + R) rows] + 16 t h: what a layer keeps, and
+                the gradient of one; t is P + G R for each prompt of a micro-batch, rows are G
+    logits      4 copies in float32 of the rows in sampling, of 1,024 tokens in training
+With --checkpointing: t is G (P + R), and activations are 4 L t h and those of one layer. Sums
+without what an allocator loses; a sampling prompt's own activations are left out.
+Measured: the most that a process held after the model was built, less what it held before.
+"""
+
+import argparse
+import os
+import random
+import sys
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import transformers
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+import step  # noqa: E402
+
+import agents  # noqa: E402
+import train  # noqa: E402
+
+FRAME = "{:6}" + "{:>10}" * 13
+
+
+def sizes(kind):
+    """N without making the weights, and the numbers of the shape."""
+    name, vocabulary, *numbers = step.MODELS[kind]
+    own = dict(zip(step.SIZES.split(), numbers), vocab_size=vocabulary, tie_word_embeddings=True)
+    with torch.device("meta"):
+        config = transformers.AutoConfig.for_model(name, **own)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    h, inner, layers, heads, kv = numbers
+    return sum(p.numel() for p in model.parameters()), h, inner, layers, h // heads * kv, vocabulary
+
+
+def shape(args):
+    """Prompts that are sampled at one time, and prompts in a training micro-batch."""
+    room = 2**14 if args.device == "cpu" else 2**17  # as in agents.Speaker
+    shared = args.prompt + args.group * args.completion
+    copies = args.group * (args.prompt + args.completion)
+    asked = min(args.questions, max(1, room // shared))
+    per_group = copies if args.checkpointing else shared
+    return asked, min(args.questions, max(1, args.tokens_per_batch // per_group)), room
+
+
+def compute(kind, args):
+    """The columns, in bytes."""
+    n, h, inner, layers, kv, vocabulary = sizes(kind)
+    b = 4 if args.device == "cpu" else 2
+    p, r, g, (asked, trained, _) = args.prompt, args.completion, args.group, shape(args)
+    rows, t = trained * g, trained * (g * (p + r) if args.checkpointing else p + g * r)
+    layer = b * (t * (4 * inner + 4 * h) + rows * 2 * h * (p + r)) + 4 * t * 4 * h
+    active = 4 * layers * t * h + layer if args.checkpointing else (layers + 1) * layer
+    cache, copy = 2 * layers * kv * b * asked * (p + g * r), 2 * n if b == 2 else 0
+    logits = [16 * vocabulary * x for x in (asked * g, min(1024, rows * r))]
+    columns = {"weights": 4 * n, "gradients": 4 * n, "AdamW": 8 * n, "copy": copy}
+    columns |= {"agent": 2 * sizes(args.agent)[0], "cache": cache, "logits": logits[0]}
+    columns |= {"activ.": active, " logits": logits[1]}
+    sampling, training = 4 * n + cache + logits[0], 16 * n + copy + active + logits[1]
+    return columns | {"sampling": sampling, "meas.": None, "training": training, " meas.": None}
+
+
+def measure(kind, phase, args):
+    """In a process of its own: proposals-length sampling, or a training step with its AdamW."""
+    if args.device == "cuda":
+        torch.cuda.init()
+    before, (asked, trained, room) = step.peak(args.device), shape(args)
+    prompts = (args.prompt,) * (asked if phase == "sampling" else trained)
+    model, tokenizer, prompts, optimizer = step.build(kind, prompts, args.device)
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:  # building a model takes more than having one
+        Path("/proc/self/clear_refs").write_text("5")
+    g, r = args.group, args.completion
+    if phase == "sampling":
+        with step.force_lengths(model, (r,) * g):
+            agents.sample(model, tokenizer, prompts, g, 1.0, r, room)
+    else:
+        if args.checkpointing:
+            model.activation_checkpointing_enable()
+        ids = random.choices(range(2, 300), k=r)
+        groups = [[agents.Completion("", ids, [-5.0] * r, True, x)] * g for x in prompts]
+        how = train.Arguments(questions_per_step=trained, group_size=g, max_new_tokens=r)
+        how.tokens_per_batch = args.tokens_per_batch
+        train.policy_gradient(how, model, None, groups, torch.randn(trained, g))
+        optimizer.step()
+    return (step.peak(args.device) - before) * 2**20
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--models", nargs="+", default=["tiny", "0.5B", "1.5B"], choices=step.MODELS)
+    add("--measure", nargs="*", default=["tiny"], choices=step.MODELS, help="these by running them")
+    add("--agent", default="1.5B", choices=step.MODELS, help="the largest of the agents")
+    add("--device", default="cpu")
+    numbers = dict(prompt=1024, completion=256, group=8, questions=16, tokens_per_batch=8192)
+    for name, number in numbers.items():
+        add(f"--{name}", type=int, default=number)
+    add("--checkpointing", action="store_true")
+    args = parser.parse_args()
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"  # what is freed is given back, and not counted
+    asked, trained, _ = shape(args)
+    print(f"MB, for {args.device}; P {args.prompt}, R {args.completion}, G {args.group};", end=" ")
+    print(f"{asked} prompts sampled at one time, {trained} in a micro-batch.")
+    print("All but meas. is computed; sampling and training are sums of what stands before them.\n")
+    print(FRAME.format("model", *compute("tiny", args)))
+    for kind in args.models:
+        row = compute(kind, args)
+        for what, phase in (("meas.", "sampling"), (" meas.", "training")):
+            if kind in args.measure:
+                with get_context("spawn").Pool(1) as pool:
+                    row[what] = pool.apply(measure, (kind, phase, args))
+        cells = ["-" if x is None else f"{x / 1e6:,.0f}" for x in row.values()]
+        print(FRAME.format(kind, *cells), flush=True)
+
+
+if __name__ == "__main__":
+    main()
