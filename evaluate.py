@@ -191,7 +191,7 @@ def load(run, config, leader, questions):
     quoted = max(2, len(team))  # a leader reads K responses, an agent two texts
     prompts = [agents.leader_messages(question, [""] * quoted) for question in questions]
     for speaker in (leader, *team):
-        if isinstance(speaker, agents.Speaker):  # a server says so itself
+        if not isinstance(speaker, files.Server):  # which says so itself
             room = getattr(speaker.model.config, "max_position_embeddings", None) or math.inf
             need = max(len(agents.encode(speaker.tokenizer, p)) for p in prompts) + (quoted + 1) * n
             if need > room:

@@ -1,12 +1,17 @@
 """The real commands, as a user would type them, with very small settings."""
 
 import json
+import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,10 +25,37 @@ SMALL += "--questions_per_step 4 --group_size 3 --max_new_tokens 60 --eval_quest
 SMALL += "--validate_every 2 --save_steps 2 --kl_coef 0.1"
 
 
+def start(script, *words):
+    """The command in a process of its own: a fork, in which nothing has to be imported again."""
+    out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+    if pid := os.fork():
+        return pid, out, err
+    status = 1
+    try:
+        for number, file in ((1, out), (2, err)):
+            os.dup2(file.fileno(), number)
+        sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
+        sys.argv = [script, *map(str, words)]
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def wait(pid, *files):
+    """returncode (negative: the signal), stdout, stderr."""
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    texts = [(file.seek(0), file.read())[1] for file in files]
+    return SimpleNamespace(returncode=status, stdout=texts[0], stderr=texts[1])
+
+
 def command(script, *words):
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, words)], capture_output=True, text=True
-    )
+    return wait(*start(script, *words))
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +132,15 @@ PHASES["evaluation"] = "leader"
 def interrupt(folder, phase, delay, how=signal.SIGKILL):
     """Start the run, or go on with it, and hit it `delay` seconds into the phase."""
     resume = ["--resume"] if (folder / "config.json").exists() else []
-    words = [sys.executable, str(ROOT / "train.py"), *SMALL.split(), "--out", str(folder), *resume]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (folder / PHASES[phase]).exists():
+    process = start("train.py", *SMALL.split(), "--out", folder, *resume)
+    ended = lambda: os.waitid(os.P_PID, process[0], os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    while not ended() and not (folder / PHASES[phase]).exists():
         time.sleep(0.02)
     time.sleep(delay)
-    process.send_signal(how)
-    said = process.communicate(timeout=120)
-    assert phase == "evaluation" or process.returncode not in (0, 1), said
-    return process.returncode, said[1]
+    os.kill(process[0], how)
+    done = wait(*process)
+    assert phase == "evaluation" or done.returncode not in (0, 1), done.stderr
+    return done.returncode, done.stderr
 
 
 def finish_and_compare(folder, whole):
@@ -238,7 +270,9 @@ def test_bad_input_is_one_line_before_anything_starts(words, tmp_path, capsys):
 
 
 def test_bad_input_ends_the_script_with_status_2(tmp_path):
-    done = command("train.py", "--group_size", "1", "--out", tmp_path / "run")
+    words = ["--group_size", "1", "--out", tmp_path / "run"]
+    words = [sys.executable, ROOT / "train.py", *words]  # all of it, as a user starts it
+    done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("train.py: --group_size")
 

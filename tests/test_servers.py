@@ -235,8 +235,8 @@ def test_the_hubs_token_is_never_sent_and_the_key_is_in_no_file(key, fake, tmp_p
 def test_offline_mode_is_about_the_hub(fake, tmp_path):
     server = fake()
     code = f"""
-import agents, huggingface_hub, pathlib
-[agent] = agents.load_team(["{server.name}"], "cpu", pathlib.Path("server.jsonl"))
+import agents, files, huggingface_hub, pathlib
+agent = files.Server("{server.name}", pathlib.Path("server.jsonl"))
 print(agent.answer([agents.agent_messages("Q")])[0][0].text)
 try:
     huggingface_hub.get_session().get("http://127.0.0.1:1/x")
@@ -256,7 +256,7 @@ TASKS = [{"question": f"Q{i}", "answer": str(i), "task": "t"} for i in range(60)
 
 
 def propose(server, run, n=4):
-    team = agents.load_team([server.name], "cpu", run / "server.jsonl")
+    team = [files.Server(server.name, run / "server.jsonl")]
     return train.propose(RUN, run / "proposals.jsonl", team, TASKS, n)
 
 
@@ -297,7 +297,9 @@ def test_a_server_that_dies_ends_in_one_line_and_is_asked_only_for_the_rest(fake
 def test_twins_say_different_things_after_a_new_start_as_well(fake, tmp_path):
     server, said = fake(), []
     for _ in range(2):
-        team = agents.load_team([server.name] * 2, "cpu", tmp_path / "server.jsonl")
+        team = agents.load_team(
+            [server.name] * 2, "cpu", lambda name: files.Server(name, tmp_path / "server.jsonl")
+        )
         assert [agent.name for agent in team] == [server.name, f"{server.name} (2)"]
         said.append([agent.answer([ask("Q")], 2) for agent in team])
     texts = [[{c.text for c in group} for [group] in answers] for answers in said]
