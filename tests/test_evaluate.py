@@ -52,6 +52,7 @@ class Fake:
 
 class FakeTokenizer:
     name_or_path, chat_template, all_special_tokens = "fake", "yes", []
+    added_tokens_decoder = {}
 
     def __init__(self, unknown):
         self.unk_token_id = None if unknown is None else 0
