@@ -451,7 +451,10 @@ def majority(tasks, said, extract=extract_agent_answer):
 
 def baselines(args, rows, team, seed, which):
     """Each agent, votes of different size, and the share of questions on which any is right."""
-    tasks, names, prefix = tasks_of(args, which), team_of(args, team), "bbh/" * (which == "bbh")
+    prefix = "bbh/" * (which == "bbh")
+    if f"{team}/{seed}/{prefix}any" in rows:
+        return []
+    tasks, names = tasks_of(args, which), team_of(args, team)
     k, most = len(names), len(names) * SAMPLES[which]
     first, seconds = first_responses(args, team, which, seed)
     new = []
