@@ -129,7 +129,8 @@ def plan(args):
     if args.bbh and not args.quick:
         bbh = look("bbh/alone bbh/three:1", "untrained", "sft", "mlpo", "grpo", "random")
         parts += [said("bbh", *three), each((baselines, "three", "bbh"), *bbh)]
-    kept = lambda unit: not args.only or unit[0] is say or unit[1] in args.only
+    always = (say, make_agent, make_leader, write_finals, write_three_tasks)  # others need these
+    kept = lambda unit: not args.only or unit[0] in always or unit[1] in args.only
     return [[unit for unit in part if kept(unit)] for part in parts]
 
 
