@@ -93,12 +93,14 @@ def plan(args):
     look = lambda looks, *names: [(look_at, name, looks) for name in names]
     said = lambda which, *names: [(say, which, name) for name in names]
     three, others = agents.team_names(["tiny"]), [f"{args.work}/{name}" for name in MORE_AGENTS]
+    pickers = ("judge", "picker", "picker_random")
     parts = [
         said("tiny", *three),
         each(*look(first, "sft")),
         each(*look(first, "mlpo", "untrained"), *look("alone three:1", "grpo", "mlpo_only")),
         each(*look("alone three:1", "grpo_only"), (baselines, "three", "tiny")),
-        each((judge, "three"), (deferral, "three"), (debate, "three"), (self_consistency, "mlpo")),
+        each(*[(pick, name, "three") for name in pickers], (debate, "three")),
+        each((self_consistency, "mlpo")),
     ]
     if not args.quick:
         changed = "easy0", "easy1", "grpo_easy0", "grpo_easy1", "scaled", "kl", "grpo_tokens"
@@ -108,12 +110,14 @@ def plan(args):
         parts += [again, each(*look("alone three:1", *changed)), made]
         cut = each((write_finals, "finals"), (write_three_tasks, "three_tasks"))
         parts += [said("tiny", *others) + cut]
-        teams = "unseen:1 same:1 " + SIZES
+        teams = "unseen:1 shuffled:1 same:1 " + SIZES
+        new_teams = [team for team in teams.replace(":1", "").split() if team != "shuffled"]
         parts += [
             each(
-                *[(baselines, team, "tiny") for team in teams.replace(":1", "").split()],
+                *[(baselines, team, "tiny") for team in new_teams],
+                *[(pick, name, "shuffled unseen") for name in pickers],
                 *look(teams, "untrained", "mlpo", "random"),
-                *look("unseen:1", "sft", "random_rounds", "paper"),
+                *look("unseen:1 shuffled:1", "sft", "random_rounds", "paper"),
                 *look("alone same:1 three:1", "same"),
                 *look("alone unseen:1 three:1", "unseen"),
                 *look("alone finals:1 three:1", "finals", "finals_sft"),
@@ -125,7 +129,8 @@ def plan(args):
     if args.bbh and not args.quick:
         bbh = look("bbh/alone bbh/three:1", "untrained", "sft", "mlpo", "grpo", "random")
         parts += [said("bbh", *three), each((baselines, "three", "bbh"), *bbh)]
-    kept = lambda unit: not args.only or unit[0] is say or unit[1] in args.only
+    always = (say, make_agent, make_leader, write_finals, write_three_tasks)  # others need these
+    kept = lambda unit: not args.only or unit[0] in always or unit[1] in args.only
     return [[unit for unit in part if kept(unit)] for part in parts]
 
 
@@ -310,9 +315,11 @@ def say(args, rows, which, name):
 
 
 def team_of(args, team):
-    """`three`; `finals`, of which the leader sees the answers only; `same`; `unseen`; `K1`..`K6`"""
+    """`three`, the built-in agents; `finals`, their answers only; `shuffled`, in an order that
+    changes from question to question; `same`, one of them three times; `unseen`; `K1` to `K6`."""
     agent = lambda k: f"tiny/agent{k}" if k <= 3 else f"{args.work}/agent{k}"
-    known = {"three": (1, 2, 3), "finals": (1, 2, 3), "same": (3, 3, 3), "unseen": (4, 5, 6)}
+    known = {"same": (3, 3, 3), "unseen": (4, 5, 6)}
+    known |= dict.fromkeys(("three", "finals", "shuffled"), (1, 2, 3))
     return [agent(k) for k in known.get(team) or range(1, int(team[1:]) + 1)]
 
 
@@ -329,7 +336,10 @@ def first_responses(args, team, which, seed, n=0):
         shown = cut if team == "finals" else str
         out.append([agents.Completion(shown(t), [0] * a, [], True, [0] * b) for t, a, b in said])
         seconds += cached[j]["seconds"]
-    return list(zip(*out)), seconds
+    said, rng = list(zip(*out)), random.Random(seed)
+    if team == "shuffled":
+        said = [tuple(rng.sample(responses, len(responses))) for responses in said]
+    return said, seconds
 
 
 # ------------------------------------------------------------------------------- what is measured
@@ -442,7 +452,10 @@ def majority(tasks, said, extract=extract_agent_answer):
 
 def baselines(args, rows, team, seed, which):
     """Each agent, votes of different size, and the share of questions on which any is right."""
-    tasks, names, prefix = tasks_of(args, which), team_of(args, team), "bbh/" * (which == "bbh")
+    prefix = "bbh/" * (which == "bbh")
+    if f"{team}/{seed}/{prefix}any" in rows:
+        return []
+    tasks, names = tasks_of(args, which), team_of(args, team)
     k, most = len(names), len(names) * SAMPLES[which]
     first, seconds = first_responses(args, team, which, seed)
     new = []
@@ -462,50 +475,54 @@ def baselines(args, rows, team, seed, which):
     return [*new, new_row(team, seed, f"{prefix}any", first, right, seconds)]
 
 
-def as_reasoning(leader, tasks, said):
-    """Responses as completions of the leader's own prompt: token ids of prompts and of outputs."""
+def as_output(text):
+    """An agent's response in the form of a leader's output."""
+    answer = extract_agent_answer(text)
+    return f"<think> {agents.quote(text)} </think> <answer> {answer} </answer>"
+
+
+def preferences(leader, question, texts):
+    """Each response's mean log-probability as the leader's own output, (K,), where the prompt holds
+    all of them; and the token ids of prompt and outputs."""
+    prompt = agents.encode(leader.tokenizer, agents.leader_messages(question, texts))
     encode = lambda text: leader.tokenizer(text, add_special_tokens=False)["input_ids"]
-    prompts = [
-        agents.encode(leader.tokenizer, agents.leader_messages(task["question"], texts))
-        for task, texts in zip(tasks, said)
-    ]
-    form = "<think> {} </think> <answer> {} </answer>"
-    output = lambda text: encode(form.format(agents.quote(text), extract_agent_answer(text)))
-    return prompts, [[output(text) for text in texts] for texts in said]
+    outputs = [encode(as_output(text)) for text in texts]
+    logprobs, mask = train.completion_logprobs(leader.model, [prompt], [outputs])
+    return (logprobs * mask).sum(1) / mask.sum(1), prompt + sum(outputs, [])
 
 
-def preferences(leader, prompts, outputs):
-    """(questions, K): the mean log-probability of each response, the prompt holding all of them."""
-    logprobs, mask = train.completion_logprobs(leader.model, prompts, outputs)
-    return ((logprobs * mask).sum(1) / mask.sum(1)).view(len(prompts), -1)
+def pick(args, rows, variant, seed, teams):
+    """Leaders that write nothing: the response that they find likeliest is their answer. `judge` is
+    the untrained one, the others are trained to pick."""
+    teams = [team for team in teams.split() if f"{variant}/{seed}/{team}:picks" not in rows]
+    leader, new = agents.load("tiny"), []
+    if teams and variant != "judge":
+        leader, cost = train_to_pick(args, variant, seed)
+        new.append(cost)
+    for team in teams:
+        tasks, (first, seconds) = tasks_of(args, "tiny"), first_responses(args, team, "tiny", seed)
+        began, right, said = time.time(), [], []
+        for task, cs in zip(tasks, first):
+            with torch.no_grad():
+                scores, read = preferences(leader, task["question"], [c.text for c in cs])
+            right.append(evaluate.is_right("agent", task, [cs[int(scores.argmax())]]))
+            said.append([*cs, agents.Completion("", [], [], True, read)])
+        seconds += (time.time() - began) / len(tasks)
+        new.append(new_row(variant, seed, f"{team}:picks", said, right, seconds))
+    return new
 
 
-def pick(args, leader, team, seed, variant, mode):
-    """The row of a leader that picks the response that it finds likeliest."""
-    tasks, (first, seconds) = tasks_of(args, "tiny"), first_responses(args, team, "tiny", seed)
-    began, right, read = time.time(), [], []
-    for task, cs in zip(tasks, first):
-        prompts, outputs = as_reasoning(leader, [task], [[c.text for c in cs]])
-        with torch.no_grad():
-            best = int(preferences(leader, prompts, outputs)[0].argmax())
-        right.append(evaluate.is_right("agent", task, cs[best : best + 1]))
-        read.append(agents.Completion("", [], [], True, prompts[0] + sum(outputs[0], [])))
-    said = [[*cs, x] for cs, x in zip(first, read)]  # it reads, and writes nothing
-    seconds += (time.time() - began) / len(tasks)
-    return new_row(variant, seed, mode, said, right, seconds)
-
-
-def judge(args, rows, team, seed):
-    """The untrained leader picks the response with the highest mean log-probability."""
-    if f"untrained/{seed}/judge" not in rows:
-        return [pick(args, agents.load("tiny"), team, seed, "untrained", "judge")]
-
-
-def deferral(args, rows, team, seed, batch=16, lr=1e-4):
-    """A leader trained only to pick: the preferences' softmax shall be on the right responses."""
-    if f"deferral/{seed}/picks" in rows:
-        return []
-    leader, rng = agents.load("tiny"), random.Random(seed)
+def train_to_pick(args, variant, seed, batch=16, lr=5e-4):
+    """(leader, row of costs): supervised, so that the softmax of its preferences is on the right
+    responses. `picker_random` reads them in random order, and so cannot learn whose they are. The
+    learning rate is SFT's; with MLPO's, 1e-4, it is still far from done after as many steps."""
+    folder, saved = (
+        Path(f"{args.work}/{variant}-{seed}"),
+        Path(f"{args.work}/{variant}-{seed}.json"),
+    )
+    if folder.exists() and saved.exists():
+        return agents.load(str(folder)), files.read_json(saved)
+    leader, rng, names = agents.load("tiny"), random.Random(seed), team_of(args, "three")
     tasks = list(data.load_tasks("tiny", "train", args.train_questions, seed))
     cached = files.read_jsonl(f"{args.work}/sft-{seed}/proposals.jsonl")
     said = {(row["agent"], row["question"]): row["responses"] for row in cached}
@@ -513,14 +530,14 @@ def deferral(args, rows, team, seed, batch=16, lr=1e-4):
     began, tokens = time.time(), 0
     for step in range(args.sft_steps):
         loss = 0.0
-        for task in rng.sample(tasks, batch):
-            texts = [rng.choice(said[name, task["question"]]) for name in team_of(args, team)]
+        for task in rng.sample(tasks, min(batch, len(tasks))):
+            texts = [rng.choice(said[name, task["question"]]) for name in names]
+            texts = rng.sample(texts, len(texts)) if variant == "picker_random" else texts
             right = [is_correct(extract_agent_answer(text), task["answer"]) for text in texts]
             if any(right) and not all(right):
-                prompts, outputs = as_reasoning(leader, [task], [texts])
-                scores = preferences(leader, prompts, outputs)[0]
+                scores, read = preferences(leader, task["question"], texts)
                 loss += scores.logsumexp(0) - scores[torch.tensor(right)].logsumexp(0)
-                tokens += len(prompts[0]) + sum(map(len, outputs[0]))
+                tokens += len(read)
         rate = min(1, (step + 1) / 11, 2 - 2 * step / args.sft_steps)  # train.py's schedule
         optimizer.param_groups[0]["lr"] = lr * rate
         optimizer.zero_grad()
@@ -528,16 +545,19 @@ def deferral(args, rows, team, seed, batch=16, lr=1e-4):
             (loss / batch).backward()
             torch.nn.utils.clip_grad_norm_(leader.model.parameters(), 1.0)
             optimizer.step()
-    cost = {"key": f"deferral/{seed}/training", "variant": "deferral", "seed": seed}
-    cost |= {"mode": "training", "steps": args.sft_steps, "tokens": tokens}
-    cost |= dict.fromkeys(("seconds", "wall_seconds"), round(time.time() - began, 1))
-    cost |= {"peak_mb": peak_mb(), "command": "python benchmarks/evidence.py"}
-    return [cost, pick(args, leader, team, seed, "deferral", "picks")]
+    row = {"key": f"{variant}/{seed}/training", "variant": variant, "seed": seed}
+    row |= {"mode": "training", "steps": args.sft_steps, "tokens": tokens}
+    row |= dict.fromkeys(("seconds", "wall_seconds"), round(time.time() - began, 1))
+    row |= {"peak_mb": peak_mb(), "command": "python benchmarks/evidence.py"}
+    files.save_leader(folder, leader)
+    files.write_json(saved, row)
+    return leader, row
 
 
 def debate(args, rows, team, seed, rounds=2):
-    """No leader: each agent refines, given the next one's response as advice; then a vote."""
-    if f"{team}/{seed}/debate" in rows:
+    """No leader: each agent refines, given the next one's response as advice, in the form in which
+    it knows the leader's; then a vote."""
+    if f"{team}/{seed}/debate:{rounds}" in rows:
         return []
     speakers = [agents.load(name) for name in team_of(args, team)]
     tasks, (first, seconds) = tasks_of(args, "tiny"), first_responses(args, team, "tiny", seed)
@@ -546,14 +566,14 @@ def debate(args, rows, team, seed, rounds=2):
     for _ in range(rounds):
         columns = []
         for j, agent in enumerate(speakers):
-            texts = [(cs[j].text, cs[(j + 1) % len(cs)].text) for cs in said]
+            texts = [(cs[j].text, as_output(cs[(j + 1) % len(cs)].text)) for cs in said]
             prompts = [agents.agent_messages(t["question"], *x) for t, x in zip(tasks, texts)]
             columns.append([c for [c] in agent.answer(prompts, max_new_tokens=LONGEST)])
         said = list(zip(*columns))
         everything = [[*old, *new] for old, new in zip(everything, said)]
     right = [is_correct(v, task["answer"]) for v, task in zip(majority(tasks, said), tasks)]
     seconds += (time.time() - began) / len(tasks)
-    return [new_row(team, seed, "debate", everything, right, seconds)]
+    return [new_row(team, seed, f"debate:{rounds}", everything, right, seconds)]
 
 
 def self_consistency(args, rows, variant, seed):

@@ -39,6 +39,11 @@ LABELS = {
     "blank_sft": "random weights, SFT only",
     "blank": "random weights, SFT + MLPO",
 }
+PICKERS = {
+    "judge": "untrained leader picks a response",
+    "picker": "leader trained only to pick",
+    "picker_random": "the same, in random order",
+}
 NOTE = """An accuracy is the share of right answers, in %; *d* is the difference to the row that the
 table names, in points. `±` is half of a 95% interval. Seeds and questions both vary: the variance
 is that of the seeds' means / seeds + that of the questions' means / questions, which counts the
@@ -178,6 +183,7 @@ def leaders(rows, names, versus, modes=("alone", "three:1"), mask=None):
 def title(mode):
     team, _, rounds = mode.removeprefix("bbh/").partition(":")
     names = {"three": "team", "unseen": "other team", "same": "agent3 x 3", "finals": "finals"}
+    names["shuffled"] = "shuffled team"
     return "alone" if team == "alone" else f"{names.get(team, team)}, T={rounds}"
 
 
@@ -203,9 +209,8 @@ def baselines(rows):
     team = [("three", mode) for mode in ("agent 1", "agent 2", "agent 3")]
     votes = [("three", f"majority of {n}") for n in (3, 20, 40)]
     lines = [(f"{mode}", (who, mode)) for who, mode in [*team, *votes]]
-    lines += [("debate of the agents, then a vote", ("three", "debate"))]
-    lines += [("untrained leader picks a response", ("untrained", "judge"))]
-    lines += [("leader trained only to pick one", ("deferral", "picks"))]
+    lines += [("debate of the agents, then a vote", ("three", "debate:2"))]
+    lines += [(PICKERS[name], (name, "three:picks")) for name in PICKERS]
     lines += [("SFT + MLPO leader, alone", ("mlpo", "alone"))]
     for t in (1, 5):
         votes = ("mlpo", f"votes, tokens of T={t}")
@@ -229,11 +234,10 @@ def costs(rows):
     that answers all questions in large batches: throughput, not the wait for one answer."""
     head = ["what was trained", "command", "seeds", "steps", "tokens", "seconds", "s in all"]
     lines = []
-    for name in [*LABELS, "deferral"]:
+    for name in [*LABELS, *PICKERS]:
         one = (name, "training")
         if found := rows_of(rows, one):
-            label = LABELS.get(name, "leader trained only to pick")
-            line = [label, command(rows, *one), len(found)]
+            line = [{**LABELS, **PICKERS}[name], command(rows, *one), len(found)]
             fields = ("steps", "tokens", "seconds", "wall_seconds", "peak_mb")
             values = [mean_of(rows, one, field) for field in fields]
             lines.append([*line, *("" if math.isnan(x) else f"{x:,.0f}" for x in values)])
@@ -304,8 +308,10 @@ size = lambda k: "three" if k == 3 else f"K{k}"
 
 
 def transfer(rows):
-    """First a team of three agents that only the last leader was trained with; then two tasks that
-    one leader was not trained on; then the official BBH files."""
+    """First the team in an order that changes from question to question, and a team of three other
+    agents that only the last leader was trained with: what a leader knows about its agents, beyond
+    what they write, is worth nothing there. Then two tasks that one leader was not trained on; then
+    the official BBH files."""
     team = [(f"agent {k + 3}", ("unseen", f"agent {k}")) for k in (1, 2, 3)]
     team += [("majority of 3", ("unseen", "majority of 3")), ("any right", ("unseen", "any"))]
     tasks = tasks_of(rows)
@@ -316,7 +322,14 @@ def transfer(rows):
         lines.append([label, share(rows, one), *(share(rows, one, mask) for mask in masks)])
     text = table(["the other team", "right", *names], lines) + "\n"
     who = ("untrained", "sft", "mlpo", "random", "random_rounds", "paper", "unseen")
-    text += leaders(rows, who, "mlpo", ("three:1", "unseen:1")) + "\n"
+    text += leaders(rows, who, "mlpo", ("three:1", "shuffled:1", "unseen:1")) + "\n"
+    lines = [
+        [PICKERS[name], seeds_of(rows, (name, "three:picks"))]
+        + [share(rows, (name, f"{team}:picks")) for team in ("three", "shuffled", "unseen")]
+        for name in PICKERS
+        if share(rows, (name, "three:picks"))
+    ]
+    text += table(["who", "seeds", "team", "shuffled team", "other team"], lines) + "\n"
     left_out = np.isin(tasks, ["navigate", "web_of_lies"])
     mask = {s: left_out for s in bits(rows, "mlpo", "alone")}
     text += "Only the questions of the two tasks left out (navigate, web_of_lies):\n\n"
@@ -437,8 +450,8 @@ def draw_cost(rows, figure):
     for name in ("mlpo", "random"):
         curves[f"{LABELS[name]}, K=1 to 6"] = [(name, f"{size(k)}:1") for k in range(1, 7)]
     points = {"SFT + MLPO, alone": ("mlpo", "alone"), "GRPO, alone": ("grpo", "alone")}
-    points |= {"untrained, alone": ("untrained", "alone"), "debate": ("three", "debate")}
-    points |= {"judge": ("untrained", "judge"), "trained to pick": ("deferral", "picks")}
+    points |= {"untrained, alone": ("untrained", "alone"), "debate": ("three", "debate:2")}
+    points |= {PICKERS[name]: (name, "three:picks") for name in PICKERS}
     curves |= {label: [one] for label, one in points.items()}
     for axis, fields in zip(axes, (("prompt_tokens", "generated_tokens"), ("seconds",))):
         for i, (label, ones) in enumerate(curves.items()):
