@@ -104,12 +104,16 @@ def plan(args):
     ]
     if not args.quick:
         changed = "easy0", "easy1", "grpo_easy0", "grpo_easy1", "scaled", "kl", "grpo_tokens"
-        again = each(*look(first, "random", "rounds", "random_rounds", "paper"))
+        longer = look(first, "random", "rounds")
+        again = each(*longer, *look("alone three:1", "paper", "random_rounds"))
         made = [(make_agent, name) for name in MORE_AGENTS]
         made += [(make_leader, name) for name in ("half", "blank")]
-        parts += [again, each(*look("alone three:1", *changed)), made]
+        parts += [again, each(*look("alone three:1", *changed))]
+        if args.bbh:
+            bbh = look("bbh/alone bbh/three:1", "untrained", "sft", "mlpo", "grpo", "random")
+            parts += [said("bbh", *three), each((baselines, "three", "bbh"), *bbh)]
         cut = each((write_finals, "finals"), (write_three_tasks, "three_tasks"))
-        parts += [said("tiny", *others) + cut]
+        parts += [made, said("tiny", *others) + cut]
         teams = "unseen:1 shuffled:1 same:1 " + SIZES
         new_teams = [team for team in teams.replace(":1", "").split() if team != "shuffled"]
         parts += [
@@ -126,9 +130,6 @@ def plan(args):
             ),
             each(*look("alone three:1", "half_untrained", "half_sft", "blank_sft")),
         ]
-    if args.bbh and not args.quick:
-        bbh = look("bbh/alone bbh/three:1", "untrained", "sft", "mlpo", "grpo", "random")
-        parts += [said("bbh", *three), each((baselines, "three", "bbh"), *bbh)]
     always = (say, make_agent, make_leader, write_finals, write_three_tasks)  # others need these
     kept = lambda unit: not args.only or unit[0] in always or unit[1] in args.only
     return [[unit for unit in part if kept(unit)] for part in parts]
