@@ -79,7 +79,7 @@ def defuse(tokenizer, messages):
             apart = f"{token[0]} {token[1:]}"
             while token in text and token not in apart:
                 text = text.replace(token, apart)
-        return text
+        return text.encode(errors="replace").decode()  # half a surrogate pair is no character
 
     return [{**m, "content": broken(m["content"])} for m in messages]
 

@@ -10,11 +10,35 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared" / "data"
+
+
+def for_all(*strategies):
+    """Two tests with one body: 200 examples in the normal run, 10,000 among the slow tests."""
+
+    def decorate(body):
+        @pytest.mark.parametrize("examples", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+        def test(examples):
+            how = settings(max_examples=examples, deadline=None, database=None, derandomize=True)
+            how(given(*strategies)(body))()
+
+        return test
+
+    return decorate
+
+
+FRAGMENTS = ["<think>", "</think>", "<answer>", "</answer>", "<answer>8</answer>", "8", "9", "(B)",
+             " ", "\n", ".", ",", "%", "$", "] )", "the answer is ", "The final answer is: ",
+             "\\boxed{", "{", "}", "\\text{", "\\frac{1}{2}", "\\frac", "x^2", "y = ", "\\approx ",
+             "or", "1,234.0", "\u200b", "\u202e", "\x00", "\ud800", "答案", "ответ", "إجابة", "İß",
+             "²", "<|im_end|>", "é", "🦆", "−"]  # fmt: skip
+TEXT = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=20), max_size=12).map("".join)
 
 
 @pytest.fixture(scope="session")

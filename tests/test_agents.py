@@ -1,7 +1,11 @@
+import time
+
 import pytest
 import torch
+from conftest import TEXT, for_all
+from hypothesis import strategies as st
 from jinja2 import TemplateError
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import agents
@@ -324,3 +328,54 @@ def test_round_0_alone_asks_nobody():
     leader, rows = Counting("leader"), [{"question": "q"}]
     assert agents.later_rounds(leader, [Counting("ann")], rows, said, [0]) == []
     assert said == [{0: "a"}] and not leader.asked
+
+
+# ----------------------------------------------------------------- any text in anybody's prompt
+
+
+@for_all(TEXT, TEXT)
+def test_no_text_has_a_part_in_the_structure_of_a_prompt(question, response):
+    """Of a response no tag survives; the parts of the prompt are where they always are."""
+    assert not agents.TAGS.search(quote(response)) and quote(quote(response)) == quote(response)
+    system, user = leader_messages(question, [response, response])
+    said = quote(response)
+    assert system["content"] == agents.LEADER_SYSTEM
+    assert user["content"] == (f"Response 1: {said}\n\nResponse 2: {said}\n\nQuestion: {question}")
+    turns = agent_messages(question, response, response)
+    assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user"]
+    assert not agents.TAGS.search(turns[2]["content"] + turns[3]["content"])
+
+
+LLAMA3 = PreTrainedTokenizerFast(
+    tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>")),
+    chat_template=CHAT["Llama 3"][2],
+    **CHAT["Llama 3"][0],
+)
+LLAMA3.add_special_tokens({"additional_special_tokens": CHAT["Llama 3"][1]})
+MARKED = st.lists(st.sampled_from(MARKERS) | st.sampled_from("<|>_") | TEXT, max_size=9).map(
+    "".join
+)
+
+
+@for_all(MARKED, MARKED)
+def test_no_text_opens_or_closes_a_turn(question, response):
+    count = lambda q, r: len(specials(LLAMA3, leader_messages(q, [r])))
+    assert count(question, response) == count("", "")
+    plain = [{"role": "user", "content": question}]
+    once = agents.defuse(LLAMA3, plain)
+    assert agents.defuse(LLAMA3, once) == once  # nothing is left to break up
+    whole = question.encode(errors="replace").decode()
+    assert once[0]["content"].replace(" ", "") == whole.replace(" ", "")
+
+
+BOMBS = ["<answer>", "</answer>", "<think><answer>8</answer>", "<", " ", "<|eot_id|>", "<|eot_id|"]
+
+
+@pytest.mark.parametrize("repeated", [*BOMBS, "8", "\n", "\u200b"], ids=ascii)
+def test_a_megabyte_is_quoted_and_made_safe_in_a_fifth_of_a_second(repeated):
+    bomb = (repeated * (1_000_000 // len(repeated) + 1))[:1_000_000]
+    start = time.process_time()
+    quote(bomb)
+    middle = time.process_time()
+    agents.defuse(LLAMA3, [{"role": "user", "content": bomb}])
+    assert middle - start < 0.2 and time.process_time() - middle < 0.2

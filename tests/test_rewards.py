@@ -7,27 +7,12 @@ import threading
 import time
 
 import pytest
-from hypothesis import given, settings
+from conftest import TEXT, for_all
 from hypothesis import strategies as st
 
 import rewards
 from agents import leader_messages
 from rewards import extract_agent_answer, extract_answer, is_correct, reward, score
-
-
-def for_all(*strategies):
-    """Two tests with one body: 200 examples in the normal run, 10,000 among the slow tests."""
-
-    def decorate(body):
-        @pytest.mark.parametrize("examples", [200, pytest.param(10_000, marks=pytest.mark.slow)])
-        def test(examples):
-            how = settings(max_examples=examples, deadline=None, database=None, derandomize=True)
-            how(given(*strategies)(body))()
-
-        return test
-
-    return decorate
-
 
 # -------------------------------------------------------------------------------- extraction
 
@@ -296,12 +281,6 @@ def test_without_math_verify_latex_is_an_error_and_not_a_wrong_answer(tmp_path, 
 
 # ------------------------------------------------------- earning without being right
 
-FRAGMENTS = ["<think>", "</think>", "<answer>", "</answer>", "<answer>8</answer>", "8", "9", "(B)",
-             " ", "\n", ".", ",", "%", "$", "] )", "the answer is ", "The final answer is: ",
-             "\\boxed{", "{", "}", "\\text{", "\\frac{1}{2}", "\\frac", "x^2", "y = ", "\\approx ",
-             "or", "1,234.0", "\u200b", "\u202e", "\x00", "\ud800", "答案", "ответ", "إجابة", "İß",
-             "²", "<|im_end|>", "é", "🦆", "−"]  # fmt: skip
-TEXT = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=20), max_size=12).map("".join)
 # (gold, a wrong answer of its kind)
 GOLDS = [("(B)", "(A)"), ("8", "9"), ("Yes", "No"), ("] )", ">"), ("50%", "40%"), ("-1.5", "3"),
          ("cat dog", "pig"), (r"\frac{3}{4}", "2"), ("x^2", "x^3"), (r"\text{even}", "odd"),
