@@ -119,12 +119,10 @@ def open_run(folder, config, resume):
     """The folder of the run with this config, and nobody else's. ValueError says what to do."""
     run = Path(folder)
     if (run / "config.json").exists():
-        old, free = (
-            read_json(run / "config.json"),
-            ("out", "resume", "device", "save_steps", "checkpointing"),
-        )
+        old, where = read_json(run / "config.json"), ("out", "resume", "device")
+        how = ("save_steps", "checkpointing", "tokens_per_batch")  # may change: the result does not
         for name, value in config.items():
-            if name not in free and old.get(name) != value:
+            if name not in where + how and old.get(name) != value:
                 problem = f"holds another run, whose {name} is {old.get(name)!r}, not {value!r}"
                 raise ValueError(f"--out {run} {problem}: name another folder")
         end = "results.json" if config.get("eval_questions", 1) else "leader"  # what comes last

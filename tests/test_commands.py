@@ -18,6 +18,7 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
+import files
 import train
 
 SMALL = "--questions 20 --validation_questions 5 --sft_steps 3 --sft_batch 4 --steps 3 --rounds 2 "
@@ -177,6 +178,25 @@ def test_killed_at_any_moment_a_run_is_the_same_run(number, run, tmp_path):
     for phase in rng.sample(list(PHASES), 2) if number > 3 else [list(PHASES)[number]]:
         interrupt(folder, phase, rng.uniform(0, 2))
     finish_and_compare(folder, run[0])
+
+
+def test_out_of_memory_names_the_setting_and_keeps_the_checkpoint(run, tmp_path, monkeypatch):
+    folder, usual = tmp_path / "run", files.Trainer.update
+
+    def update(self):  # what a GPU raises; the fork in which the command runs has it too
+        if self.phase == "sft" and self.step == 2:
+            raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+        return usual(self)
+
+    monkeypatch.setattr(files.Trainer, "update", update)
+    done = command("train.py", *SMALL.split(), "--out", folder)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "lower --tokens_per_batch" in done.stderr.splitlines()[-1]
+    assert files.load_checkpoint(folder / "checkpoint.pt")["step"] == 2
+    monkeypatch.undo()
+    lower = ["--tokens_per_batch", 500, "--resume"]  # what the line advises is allowed
+    done = command("train.py", *SMALL.split(), "--out", folder, *lower)
+    assert done.returncode == 0 and (folder / "results.json").exists(), done.stderr
 
 
 def test_plain_grpo_and_shared_proposals(run, tmp_path):
