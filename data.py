@@ -22,6 +22,7 @@ from pathlib import Path
 
 import datasets
 
+import tiny
 from rewards import last_boxed
 
 SPLITS = ("train", "validation", "test")
@@ -42,8 +43,6 @@ def load_tasks(spec, split, n=None, seed=0, question_column="", answer_column=""
     if split not in SPLITS and (split != "all" or spec == "tiny"):
         raise ValueError(f"no split {split!r} in {spec!r}: train, validation, test (files: all)")
     if spec == "tiny":
-        import tiny  # here, because tiny.py imports this file
-
         return datasets.Dataset.from_list(tiny.puzzles(split, n or 1000, seed))
     columns = {"question": question_column, "answer": answer_column, "task": task_column}
     piles, problems = defaultdict(list), []
