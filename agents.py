@@ -338,11 +338,11 @@ def load_team(spec, device="cpu", served=None):
 
 def team_names(spec):
     """`tiny` -> the three built-in agents; `none` -> nobody; names -> themselves."""
-    tiny = [f"tiny/agent{k}" for k in (1, 2, 3)]
+    tiny = {"tiny": [f"tiny/agent{k}" for k in (1, 2, 3)], "none": []}
     for name in spec:  # no @ and no ?, where a key could be: it would be in the run's files
         if "://" in name and not re.fullmatch(r"https?://[^\s@?#]+#[^\s#]+", name):
             raise ValueError(f"--agents {name}: not like http://127.0.0.1:8000/v1#model")
-    return tiny if spec == ["tiny"] else [] if spec == ["none"] else spec
+    return [x for name in spec for x in tiny.get(name, [name])]
 
 
 @dataclass

@@ -49,11 +49,13 @@ def main(argv=None):
     add("--ask", help="put this question to the leader, alone and with its team")
     options = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     runs = options.pop("runs")
-    datasets = {open_run(run, **options)[0]["dataset"] for run in runs}
+    configs = [open_run(run, **options)[0] for run in runs]
+    asked = {(config["dataset"], config["eval_questions"]) for config in configs}
     if "ask" in options:
         return ask(runs, options.pop("ask"), **options)
-    if len(datasets) > 1:
-        raise ValueError(f"runs on {', '.join(sorted(datasets))}: choose one with --dataset")
+    if len(asked) > 1:
+        what = ", ".join(f"{n} of {dataset}" for dataset, n in sorted(asked))
+        raise ValueError(f"other questions in each ({what}): --dataset, --eval_questions")
     print_table([measure(run, **options) for run in runs])
 
 
@@ -367,7 +369,4 @@ def draw_curves(metrics, path):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        files.fail(error)
+    files.run_script(main)

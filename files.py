@@ -23,6 +23,18 @@ from tqdm import tqdm
 import agents
 
 
+def run_script(main):
+    """For both scripts: what is wrong is said in one line."""
+    try:
+        main()
+    except ValueError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        fail("stopped; what is done is saved: the same command (train.py: with --resume) goes on")
+    except torch.OutOfMemoryError:
+        fail("out of memory: lower --tokens_per_batch, then --resume; see the README")
+
+
 def fail(message):
     """End the script with one line that says what is wrong, and exit status 2."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -75,16 +87,22 @@ def append_jsonl(path, rows):
         raise ValueError(f"cannot write {path}: {error}; make room, then --resume") from error
 
 
-def read_jsonl(path):
-    """All rows. A last line that was being written when the run was killed is dropped, aloud."""
+def read_jsonl(path, repair=True):
+    """All rows. A last line that was being written when the run was killed is dropped, aloud; with
+    `repair` (for files of one's own run) from the file as well, so that rows can be added."""
     *lines, rest = Path(path).read_bytes().split(b"\n") if Path(path).exists() else [b""]
-    if rest:
-        print(f"{path}: dropped the last line, which was only half written")
-        write(path, lambda temporary: temporary.write_bytes(b"\n".join([*lines, b""])))
     try:
-        return [json.loads(line) for line in lines if line.strip()]
+        rows = [json.loads(line) for line in lines if line.strip()]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error.doc[:60]}") from error
+    try:
+        rows += [json.loads(rest)] if rest.strip() else []
+        lines += [rest] if rest.strip() else []
+    except json.JSONDecodeError:
+        print(f"{path}: dropped the last line, which was only half written")
+    if rest and repair:
+        write(path, lambda temporary: temporary.write_bytes(b"\n".join([*lines, b""])))
+    return rows
 
 
 def save_leader(folder, leader):
@@ -211,10 +229,10 @@ class Trainer:
         self.optimizer.param_groups[0]["lr"] = rate
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.bad = 0 if norm.isfinite() else self.bad + 1  # this many steps were skipped
-        if self.bad == 0:
-            self.optimizer.step()
-        else:
+        if self.bad:
             self.say(f"step {self.step} is skipped: its gradient is not finite")
+        elif norm > 0:  # else nothing was learned, and AdamW's momentum shall not go on alone
+            self.optimizer.step()
         if self.bad == 5:
             what = f"5 steps in a row without a finite gradient in {self.phase}: lower its rate"
             raise ValueError(f"{what}, in another --out. The last checkpoint: {self.saved}")
@@ -338,13 +356,13 @@ class Server:
             try:
                 reply = self.client.chat_completion(messages, **how)
                 text, end = reply.choices[0].message.content, reply.choices[0].finish_reason
-                text = "" if text is None and end == "length" else text  # cut off while it thought
+                text = text or ""  # null: it thought, and was cut off or said nothing
                 # JSON can hold half a character, and a server may not heed max_tokens
                 text = text.encode(errors="replace").decode()[: 20 * max_new_tokens]
                 break
             except Exception as error:  # of a dozen kinds: refused, reset, late, not JSON, null
                 status = getattr(getattr(error, "response", None), "status_code", 0)
-                refused = 300 <= status < 500 and status not in (408, 429)
+                refused = 300 <= status < 500 and status not in (408, 429)  # 400: perhaps too long
                 if refused or wait is None or self.stop.wait(wait):
                     why = f"{status or type(error).__name__}: {error}".replace(self.key, "(key)")
                     why = " ".join(why.split())[:300] + self.hint

@@ -116,21 +116,28 @@ def main(argv=None):
         sft_done = (run / "leader_sft").exists()  # a resumed run may be past this phase
         name = str(run / "leader_sft") if sft_done else args.leader
         leader, team = evaluate.load(run, vars(args), name, [t["question"] for t in tasks + held])
-        files.write_json(run / "config.json", asdict(args))
-        rows = propose(args, args.proposals or run / "proposals.jsonl", team, tasks, args.samples)
+        rows = args.proposals and propose(args, args.proposals, team, tasks, args.samples)
+        files.write_json(run / "config.json", asdict(args))  # from here on the folder is this run's
+        rows = rows or propose(args, run / "proposals.jsonl", team, tasks, args.samples)
         held_out = propose(args, run / "validation.jsonl", team, held, 1)
         hard, kept = drop_easy(args, rows)
-        rng, texts = random.Random(args.seed), lambda row: pick_responses(rng, row, args).values()
-        asked = [agents.leader_messages(row["question"], texts(row)) for row in kept]
-        prompts = [agents.defuse(leader.tokenizer, messages) for messages in asked]
-        lines = [dict(prompt=p, answer=r["answer"], task=r["task"]) for p, r in zip(prompts, kept)]
-        files.write_jsonl(run / "prompts.jsonl", lines)
+        write_prompts(args, run, leader, kept)
         if args.sft_steps and not sft_done:
             sft(args, run, leader, hard)
         if not (run / "leader").exists():
             mlpo(args, run, leader, team, kept, held_out)
     if files.rank() == 0 and args.eval_questions:
         evaluate.evaluate_run(run)
+
+
+def write_prompts(args, run, leader, rows):
+    """The leader's prompts as a dataset for TRL: see the README."""
+    rng, lines = random.Random(args.seed), []
+    for row in rows:
+        texts = pick_responses(rng, row, args).values()
+        prompt = agents.defuse(leader.tokenizer, agents.leader_messages(row["question"], texts))
+        lines.append({"prompt": prompt, "answer": row["answer"], "task": row["task"]})
+    files.write_jsonl(run / "prompts.jsonl", lines)
 
 
 def seed_everything(*key):
@@ -145,18 +152,23 @@ def propose(args, path, team, tasks, n):
     Returns tasks with `responses` (per agent, n texts) and `right`. A killed run goes on here; what
     another model, prompt or temperature made does not count."""
     how = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
-    read = lambda: {(r["agent"], r["question"]): r for r in files.read_jsonl(path)}
-    cached, speakers = read(), {agent.name: agent for agent in team}
+    own = path != args.proposals  # another run's file is not ours to repair
+    read = lambda: {(r["agent"], r["question"]): r for r in files.read_jsonl(path, own)}
+    try:
+        cached, speakers = read(), {agent.name: agent for agent in team}
+    except (KeyError, TypeError):
+        raise ValueError(f"{path}: not the proposals.jsonl of a run: agent, question...") from None
     made_by = {name: agent.fingerprint(**how) for name, agent in speakers.items()}
+    # --agents none with --proposals: whoever is in that file
     made_by = made_by or {row["agent"]: row.get("made_by") for _, row in sorted(cached.items())}
     questions = [task["question"] for task in tasks]
     parts = [questions[i : i + 250] for i in range(0, len(tasks), 250)]
     for name, mark in made_by.items():
-        fits = lambda row, mark=mark: row.get("made_by") == mark and len(row["responses"]) >= n
-        done = {q for (agent, q), row in cached.items() if agent == name and fits(row)}
-        if path == args.proposals and (left := [q for q in questions if q not in done]):
-            same = "with this model, prompt, --temperature and --max_new_tokens"
-            raise ValueError(f"--proposals: nothing of {name} {same} on {left[0][:50]!r}...")
+        fitting = [key for key, row in cached.items() if row.get("made_by") == mark]
+        done = {q for a, q in fitting if a == name and len(cached[a, q]["responses"]) >= n}
+        if not own and (left := [q for q in questions if q not in done]):
+            same = "(same model, prompt, --temperature, --max_new_tokens, --dataset, --seed)"
+            raise ValueError(f"--proposals: not {n} responses of {name} {same} to {left[0][:50]!r}")
         for part in tqdm(files.share(parts), f"proposals: {name}", leave=False):
             if not done.issuperset(part):  # then all of it, with the same random numbers again
                 seed_everything(args.seed, "propose", name, part[0])
@@ -184,7 +196,7 @@ def drop_easy(args, rows):
     share = fmean([ok for row in rows for ok in right(row)] or [0])
     print(f"proposals: {share:.0%} right; {len(hard)} of {len(rows)} questions hard for the team")
     if not hard:
-        raise ValueError("every question is easy for this team: raise --easy_threshold")
+        raise ValueError("every question is easy for this team: another --easy_threshold and --out")
     return hard, kept
 
 
@@ -231,6 +243,8 @@ def sft(args, run, leader, rows):
 def mlpo(args, run, leader, team, rows, held_out):
     """Phase 2: GRPO on the leader, with the team's cached responses in its prompt."""
     reference = copy.deepcopy(leader.model).requires_grad_(False) if args.kl_coef else None
+    if reference is not None and args.checkpointing:
+        reference.activation_checkpointing_disable()  # it has no gradient
     trainer = files.Trainer(args, run, leader.model, "mlpo", args.steps, args.lr)
     how = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
     for step in trainer.steps():
@@ -382,11 +396,4 @@ def grpo_loss(logprobs, old, advantages, mask, clip=0.2, ref=None, kl_coef=0.0, 
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        files.fail(error)
-    except KeyboardInterrupt:
-        files.fail("stopped; what is done is saved: the same command with --resume goes on")
-    except torch.OutOfMemoryError:
-        files.fail("out of memory: lower --tokens_per_batch, then --resume; see the README")
+    files.run_script(main)

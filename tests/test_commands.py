@@ -166,7 +166,7 @@ def test_killed_twice_and_stopped_by_ctrl_c_a_run_is_the_same_run(run, tmp_path)
     folder = tmp_path / "run"
     interrupt(folder, "proposals", 0)
     status, said = interrupt(folder, "mlpo", 0.3, signal.SIGINT)
-    assert status == 2 and "--resume goes on" in said and "Traceback" not in said
+    assert status == 2 and "--resume) goes on" in said and "Traceback" not in said
     interrupt(folder, "evaluation", 0.5)
     finish_and_compare(folder, run[0])
 
@@ -255,6 +255,20 @@ def test_evaluate_on_a_file_of_ones_own(run, tmp_path):
     done = command("evaluate.py", run[0], "--dataset", path, "--rounds", "1")
     assert done.returncode == 0, done.stderr
     assert json.loads((run[0] / "results-mine.json").read_text())["questions"] == 1
+
+
+def test_a_start_that_fails_for_its_proposals_leaves_the_folder_free(run, tmp_path):
+    theirs, out = tmp_path / "proposals.jsonl", tmp_path / "run"
+    words = ["--out", out, "--proposals", theirs]
+    for text in ('{"agent": "a"}\n', "[1]\n", '{"agent": "a", "question": "q", "responses": []}'):
+        theirs.write_text(text)
+        done = command("train.py", *SMALL.split(), *words)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert theirs.read_text() == text and not (out / "config.json").exists()
+    words[-1] = run[0] / "proposals.jsonl"
+    done = command("train.py", *SMALL.split(), *words, "--temperature", 0.5)
+    assert done.returncode == 2 and "--temperature" in done.stderr
+    assert not (out / "config.json").exists()
 
 
 BAD = {

@@ -331,7 +331,7 @@ def test_several_runs_in_one_table(run, capsys):
     assert line.split()[4:6] == ["50.0", "±35.4"]
     assert max(map(len, printed.splitlines())) <= 118
     other = make_run(run.path.parent / "fourth", dataset="tiny")
-    with pytest.raises(ValueError, match="choose one with --dataset"):
+    with pytest.raises(ValueError, match="other questions in each"):
         evaluate.main([str(run.path), str(other)])
 
 

@@ -77,6 +77,14 @@ def test_half_a_line_is_dropped_aloud_and_nothing_else_is(tmp_path, capsys):
     path.write_bytes(whole + b'{"c": "half')
     assert files.read_jsonl(path) == [{"a": 1}, {"b": "é\n\u2028"}]
     assert "half written" in capsys.readouterr().out and path.read_bytes() == whole
+    path.write_bytes(whole[:-1])  # whole but for the end of the line
+    assert len(files.read_jsonl(path)) == 2 and path.read_bytes() == whole
+    path.write_bytes(b"my notes\nlast line")  # a file of somebody else's
+    with pytest.raises(ValueError, match="not JSON"):
+        files.read_jsonl(path)
+    assert path.read_bytes() == b"my notes\nlast line"
+    path.write_bytes(whole + b"{")
+    assert len(files.read_jsonl(path, repair=False)) == 2 and path.read_bytes() == whole + b"{"
     path.write_bytes(b"{}\nnonsense\n{}\n")  # not what a kill leaves behind
     with pytest.raises(ValueError, match="not JSON"):
         files.read_jsonl(path)
@@ -172,3 +180,14 @@ def test_resuming_drops_the_log_after_the_checkpoint(tmp_path):
     assert trainer(tmp_path).step == 4
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
+
+
+def test_a_step_of_flat_groups_moves_nothing_whatever_the_momentum(tmp_path):
+    """As in several processes, where a gradient that nobody has is a gradient of zeros."""
+    worker = trainer(tmp_path)
+    learn(worker, 2)
+    before = worker.model.weight.clone()
+    for p in worker.model.parameters():
+        p.grad = torch.zeros_like(p)
+    worker.update()
+    assert torch.equal(worker.model.weight, before)

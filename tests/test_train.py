@@ -347,7 +347,7 @@ def test_proposals_belong_to_what_made_them(tmp_path, monkeypatch):
     train.propose(args, path, [agent], tasks, 2)
     for change in changes:
         change()
-        with pytest.raises(ValueError, match="nothing of tiny/agent1"):
+        with pytest.raises(ValueError, match="responses of tiny/agent1"):
             train.propose(
                 SimpleNamespace(**vars(args) | {"proposals": path}), path, [agent], tasks, 2
             )
