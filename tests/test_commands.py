@@ -96,12 +96,14 @@ def test_the_same_command_again_prints_the_table_again(run):
     assert table in again.stdout
 
 
-def test_another_run_is_not_overwritten(run):
-    before = (run[0] / "config.json").read_bytes()
-    for words in (["--seed", "1"], []):  # other settings; the defaults
-        done = command("train.py", *(SMALL.split() if words else []), *words, "--out", run[0])
-        assert done.returncode == 2 and "holds another run" in done.stderr
-        assert done.stderr.count("\n") == 1
+def test_another_run_is_not_overwritten_and_the_field_is_named(run):
+    before, own = (run[0] / "config.json").read_bytes(), SMALL.split()
+    others = {"seed": 1, "agents": "tiny/agent1", "dataset": "gsm8k", "leader": "tiny/agent1"}
+    wrong = [([*own, f"--{name}", value, "--resume"], name) for name, value in others.items()]
+    for words, name in [*wrong, ([], "max_new_tokens")]:  # the last: the defaults
+        done = command("train.py", *words, "--out", run[0])
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert f"holds another run, whose {name} is" in done.stderr
     assert (run[0] / "config.json").read_bytes() == before
 
 
