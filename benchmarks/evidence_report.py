@@ -198,7 +198,9 @@ def parts(rows):
     if not math.isnan(mlpo + grpo):
         more = f"{100 * (grpo / mlpo - 1):+.1f}%"
         text = f"\nIn as many steps GRPO alone reads and writes {more} tokens compared to MLPO."
-        text += " Where that is more than 5%, a row is there with steps that make up for it.\n"
+        text += (
+            " (`grpo_tokens` has steps that make up for it; without a row it was not run yet.)\n"
+        )
     return leaders(rows, list(LABELS)[:17], "mlpo") + text
 
 
