@@ -259,9 +259,10 @@ def test_first_responses_can_be_given():
 
 
 def test_the_same_name_twice_is_two_agents():
-    team = agents.load_team(["tiny", "tiny/agent1", "tiny", "tiny"])
-    names = ["tiny/leader", "tiny/agent1", "tiny/leader (2)", "tiny/leader (3)"]
-    assert [agent.name for agent in team] == names
+    team = agents.load_team(["tiny", "tiny/agent1", "tiny/agent1", "tiny/leader"])
+    names = ["tiny/agent1", "tiny/agent2", "tiny/agent3", "tiny/agent1 (2)", "tiny/agent1 (3)"]
+    assert [agent.name for agent in team] == [*names, "tiny/leader"]
+    assert agents.team_names(["none"]) == []
 
 
 def test_frozen_agents_are_bf16_on_a_gpu(monkeypatch, prompts):
