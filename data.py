@@ -13,7 +13,6 @@ taken out of train; a source in one piece is divided 70 : 10 : 20 by a hash of t
 Rows without a question or an answer are left out, and a line says how many and why.
 """
 
-import hashlib
 import json
 import random
 import re
@@ -24,6 +23,7 @@ import datasets
 
 import tiny
 from rewards import last_boxed
+from tiny import fingerprint
 
 SPLITS = ("train", "validation", "test")
 parse = lambda text: json.loads(text, parse_int=str, parse_float=str)  # 1.50 stays 1.50
@@ -44,12 +44,12 @@ def load_tasks(spec, split, n=None, seed=0, question_column="", answer_column=""
         raise ValueError(f"no split {split!r} in {spec!r}: train, validation, test (files: all)")
     if spec == "tiny":
         return datasets.Dataset.from_list(tiny.puzzles(split, n or 1000, seed))
-    columns = {"question": question_column, "answer": answer_column, "task": task_column}
+    theirs = {"question": question_column, "answer": answer_column, "task": task_column}
     piles, problems = defaultdict(list), []
     for name, task, records in read(spec):
         for i, record in enumerate(records, 1):
             try:
-                piles[name].append(to_row(record, task, columns))
+                piles[name].append(to_row(record, task, theirs))
             except (ValueError, RecursionError) as error:
                 problems.append(f"row {i} of {name}: {error}")
     parts = divide(piles)
@@ -67,11 +67,6 @@ def columns(config):
     """Of the settings of a run, or the options of a command, those for `load_tasks`."""
     names = ("question_column", "answer_column", "task_column")
     return {name: config.get(name, "") for name in names}
-
-
-def fingerprint(question):
-    """Questions that differ in white space only are the same question."""
-    return hashlib.sha256(" ".join(question.split()).encode()).hexdigest()
 
 
 def home(question):
@@ -164,12 +159,12 @@ def read_json(path):
     return records if isinstance(records, list) else [records]
 
 
-def to_row(record, task, columns):
+def to_row(record, task, theirs):
     """A record in the schema of any of these benchmarks as one in ours: all of it text."""
     record = parse(record) if isinstance(record, bytes) else record
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, not {record!r:.40}")
-    record |= {ours: text(record, theirs) for ours, theirs in columns.items() if theirs}
+    record |= {ours: text(record, name) for ours, name in theirs.items() if name}
     if "solution" in record:  # MATH: the answer is in a box, after the reasoning
         record = {"answer": last_boxed(str(record["solution"]))} | record
     question = text(record, "question", "problem", "input")

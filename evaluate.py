@@ -26,8 +26,8 @@ from tqdm import tqdm
 import agents
 import data
 import files
-import rewards
 from rewards import extract_agent_answer, extract_answer, is_correct
+from rewards import score as score_text
 
 SEED = 0  # of the questions, the agents and the ties: constant, so that runs can be compared
 
@@ -39,10 +39,7 @@ def main(argv=None):
     add("runs", nargs="+", metavar="RUN", help="a folder that train.py has filled")
     add("--dataset", help="other questions than the run's: a name or a file (see data.py)")
     for name in data.columns({}):
-        add(
-            f"--{name}",
-            help="what --dataset calls it; by itself as in training, if it is the run's",
-        )
+        add(f"--{name}", help="of another --dataset; the run's own is read as in training")
     add("--rounds", type=int, help="T, rounds of leader and team; by itself the run's (--ask: 1)")
     add("--eval_questions", type=int, help="how many questions; by itself the run's")
     add("--device", help="cuda, mps or cpu; by itself the run's")
@@ -57,10 +54,6 @@ def main(argv=None):
         what = ", ".join(f"{n} of {dataset}" for dataset, n in sorted(asked))
         raise ValueError(f"other questions in each ({what}): --dataset, --eval_questions")
     print_table([measure(run, **options) for run in runs])
-
-
-def evaluate_run(run, **options):  # what train.py ends with
-    print_table([measure(run, **options)])
 
 
 def measure(run, **options):
@@ -160,10 +153,10 @@ def test_questions(config):
 
 def describe(step):
     """A training step's ((completions, question), rewards) in numbers: means over completions."""
-    scores = [[rewards.score(c.text, row["answer"]) for c in group] for (group, row), _ in step]
+    scores = [[score_text(c.text, row["answer"]) for c in group] for (group, row), _ in step]
     everyone = [c for (group, _), _ in step for c in group]
     return {
-        "reward": fmean(r for _, rewards in step for r in rewards),
+        "reward": fmean(r for _, of_group in step for r in of_group),
         "accuracy": fmean(right for group in scores for right, _ in group),
         "format": fmean(formatted for group in scores for _, formatted in group),
         "length": fmean(len(c.ids) for c in everyone),

@@ -30,7 +30,7 @@ def run_script(main):
     except ValueError as error:
         fail(error)
     except KeyboardInterrupt:
-        fail("stopped; what is done is saved: the same command (train.py: with --resume) goes on")
+        fail("stopped: the same command (train.py: with --resume) goes on from what is saved")
     except torch.OutOfMemoryError:
         fail("out of memory: lower --tokens_per_batch, then --resume; see the README")
 
@@ -130,7 +130,7 @@ def load_checkpoint(path):
             continue
         except Exception as error:  # what a damaged file raises depends on where it is damaged
             reason = f"{type(error).__name__}: {error}".split("\n")[0][:80]
-            print(f"{file} is damaged ({reason}): going on from the one before, if there is one")
+            print(f"{file} is damaged and not used ({reason})")
 
 
 def open_run(folder, config, resume):
@@ -162,14 +162,6 @@ def open_run(folder, config, resume):
     return run
 
 
-# a policy that collapses: name in the log, what is wrong if 10 steps in a row say so, what to try
-ALARMS = (
-    ("format", lambda x: x < 0.1, "hardly an answer is in the form: lower --lr, more --sft_steps"),
-    ("entropy", lambda x: x < 0.002, "all samples are alike: lower --lr, a --kl_coef of 0.01"),
-    ("flat", lambda x: x == 1, "groups all right or all wrong: other questions, --group_size up"),
-)
-
-
 def by_tokens(items, budget, repeated=False):
     """Micro-batches of like (prompt, completions, ...): up to `budget` tokens with padding.
     `repeated`: every completion has its own copy of the prompt."""
@@ -180,6 +172,14 @@ def by_tokens(items, budget, repeated=False):
         n = sum(k * size(item) <= budget for k, item in enumerate(left, start=1)) or 1
         yield zip(*left[:n])
         left = left[n:]
+
+
+# a policy that collapses: name in the log, what is wrong if 10 steps in a row say so, what to try
+ALARMS = (
+    ("format", lambda x: x < 0.1, "hardly an answer is in the form: lower --lr, more --sft_steps"),
+    ("entropy", lambda x: x < 0.002, "all samples are alike: lower --lr, a --kl_coef of 0.01"),
+    ("flat", lambda x: x == 1, "groups all right or all wrong: other questions, --group_size up"),
+)
 
 
 class Trainer:
@@ -241,9 +241,10 @@ class Trainer:
 
     def log(self, phase=None, **values):
         """A row of metrics.jsonl, to 4 digits, and every few steps a line on the screen."""
-        row = {"phase": phase or self.phase, "step": self.step}
+        row = {"phase": phase or self.phase, "step": self.step}  # a look at validation has its own
         row |= {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in values.items()}
         if rank() == 0:
+            # resuming drops the looks of a phase along with its steps
             append_jsonl(self.run / "metrics.jsonl", [{**row, "during": self.phase}])
         if phase or self.step % 5 == 0:
             self.say("  ".join(f"{name} {value}" for name, value in row.items()))
@@ -305,7 +306,7 @@ class Server:
 
     def __init__(self, name, journal):
         self.name, self.journal, (url, self.model) = name, journal, name.split("#")
-        # without a key of its own the client would send the user's token for the hub
+        # without this key the client would send the user's token for the hub
         self.key = os.environ.get("MLPO_API_KEY") or "EMPTY"
         self.client = InferenceClient(base_url=url, api_key=self.key, timeout=TIMEOUT / 5)
         # the client's hook enforces HF_HUB_OFFLINE; this server is not the hub
@@ -333,13 +334,15 @@ class Server:
             pool.shutdown(cancel_futures=True)
         return [said[i : i + n] for i in range(0, len(said), n)]
 
-    def fingerprint(self, *how, messages=(), **more):
-        """Of all that is known to make its responses what they are."""
-        messages = messages or agents.agent_messages("")
-        return hashlib.sha256(json.dumps([self.name, messages, how, more]).encode()).hexdigest()
+    def fingerprint(self, **how):
+        """Of all that is known of what makes its responses: its weights are not."""
+        return self.key_of(agents.agent_messages(""), *how.values())
+
+    def key_of(self, *asked):
+        return hashlib.sha256(json.dumps([self.name, *asked]).encode()).hexdigest()
 
     def ask(self, messages, *how):
-        key = self.fingerprint(*how, messages=messages)
+        key = self.key_of(messages, *how)
         try:
             row = self.saved[key].pop(0)
         except LookupError:
@@ -362,7 +365,7 @@ class Server:
                 break
             except Exception as error:  # of a dozen kinds: refused, reset, late, not JSON, null
                 status = getattr(getattr(error, "response", None), "status_code", 0)
-                refused = 300 <= status < 500 and status not in (408, 429)  # 400: perhaps too long
+                refused = 300 <= status < 500 and status not in (408, 429)
                 if refused or wait is None or self.stop.wait(wait):
                     why = f"{status or type(error).__name__}: {error}".replace(self.key, "(key)")
                     why = " ".join(why.split())[:300] + self.hint

@@ -16,12 +16,16 @@ TASKS = {puzzle.__name__: puzzle for puzzle in PUZZLES}
 # fingerprints of BBH's own questions, which are in no split (tiny_models/make.py --exclude)
 OFFICIAL = Path(__file__).parent / "tiny_models" / "official_questions.txt"
 official = set(OFFICIAL.read_text().split()) if OFFICIAL.exists() else set()
-fingerprint = lambda question: hashlib.sha256(" ".join(question.split()).encode()).hexdigest()[:12]
+
+
+def fingerprint(question):
+    """Questions that differ in white space only are the same question."""
+    return hashlib.sha256(" ".join(question.split()).encode()).hexdigest()
 
 
 def split_of(question):
     """train, validation or test: decided by the question alone, so that they cannot overlap."""
-    mark = fingerprint(question)
+    mark = fingerprint(question)[:12]
     named = {"0": "test", "1": "test", "2": "validation"}
     return "official" if mark in official else named.get(mark[0], "train")
 

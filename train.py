@@ -42,7 +42,7 @@ MOST = {"team_dropout": 1, "backtrack": 1, "easy_share": 1}
 @dataclass
 class Arguments:
     leader: str = option("tiny", "leader: a folder or hub name; tiny is the built-in one")
-    agents: list[str] = option(["tiny"], "the team: folders or hub names; none: plain GRPO, alone")
+    agents: list[str] = option(["tiny"], "folders, hub names, http://server/v1#model; none: GRPO")
     dataset: str = option("tiny", "tiny, a .json/.jsonl file, or a benchmark (see data.py)")
     question_column: str = option("", "what the dataset calls it, where it is no usual name")
     answer_column: str = option("", "likewise")
@@ -127,7 +127,7 @@ def main(argv=None):
         if not (run / "leader").exists():
             mlpo(args, run, leader, team, kept, held_out)
     if files.rank() == 0 and args.eval_questions:
-        evaluate.evaluate_run(run)
+        evaluate.print_table([evaluate.measure(run)])
 
 
 def write_prompts(args, run, leader, rows):

@@ -1,5 +1,6 @@
 """The evidence: every claim of the paper, and the open questions around it, on the laboratory.
 
+    pip install -r requirements-dev.txt
     python benchmarks/evidence.py            # all of it: five seeds; it can be stopped and goes on
     python benchmarks/evidence.py --quick    # two seeds, the main rows
     python benchmarks/evidence.py --report   # the tables and pictures of the rows there are

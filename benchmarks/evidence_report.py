@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from scipy import stats
 
 import files
 
@@ -69,24 +70,8 @@ def estimate(values):
         return mean, 0.0, float(abs(mean) < 1e-12)
     freedom = variance**2 / sum(v**2 / df for v, df in parts)
     error = math.sqrt(variance)
-    return mean, quantile(freedom) * error, tail(abs(mean) / error, freedom)
-
-
-def tail(t, freedom):
-    """P(|T| > t) of Student's T: it is sqrt(freedom) tan(a), with density cos(a)^(freedom-1)."""
-    places = (np.arange(1000) + 0.5) / 1000
-    area = lambda low: np.cos(low + (math.pi / 2 - low) * places) ** (freedom - 1)
-    low = math.atan(t / math.sqrt(freedom))
-    return float(area(low).sum() * (1 - low / (math.pi / 2)) / area(0).sum())
-
-
-def quantile(freedom, level=0.05):
-    """The t with P(|T| > t) = level, by halving."""
-    low, high = 0.0, 1000.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if tail(middle, freedom) > level else (low, middle)
-    return low
+    half, p = stats.t.isf(0.025, freedom) * error, 2 * stats.t.sf(abs(mean) / error, freedom)
+    return mean, float(half), float(p)
 
 
 # ------------------------------------------------------------------------------------------ cells

@@ -158,7 +158,7 @@ def pick(results, **wanted):
 
 
 def test_the_rows_are_complete_and_in_order(run, capsys):
-    evaluate.evaluate_run(run.path)
+    evaluate.main([str(run.path)])
     printed = capsys.readouterr().out
     results = json.loads((run.path / "results.json").read_text())
     keys = [(r["who"], r["name"], r["stage"], r["team"], r["rounds"]) for r in results["rows"]]
@@ -288,7 +288,7 @@ def test_saved_results_are_read_until_a_setting_changes(run, capsys):
     done = len(calls)
     run.loaded.clear()
     assert evaluate.measure(run.path) == first and len(calls) == done
-    evaluate.evaluate_run(run.path)  # as train.py does when a finished run is started again
+    evaluate.main([str(run.path)])
     assert not run.loaded
     printed = capsys.readouterr().out
     assert "already evaluated" in printed and "mlpo leader, team, T=2" in printed

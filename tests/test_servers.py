@@ -405,18 +405,18 @@ def served(tmp_path_factory):
 
 
 def test_a_run_with_a_real_server(served, tmp_path):
-    few = "--questions 6 --validation_questions 2 --samples 3 --eval_questions 3".split()
+    few = "--questions 15 --validation_questions 2 --samples 4 --eval_questions 3".split()
     rows = run(tmp_path / "run", "--agents", served, "tiny/agent1", *few)
     proposals = files.read_jsonl(tmp_path / "run" / "proposals.jsonl")
     texts = [row["responses"] for row in proposals if row["agent"] == served]
-    assert len(texts) == 6 and all(len(group) == 3 for group in texts)
+    assert len(texts) == 15 and all(len(group) == 4 for group in texts)
     assert any(len(set(group)) > 1 for group in texts)  # it samples
-    assert all("So the answer is" in text for group in texts for text in group)
+    saved = files.read_jsonl(tmp_path / "run" / "server.jsonl")
+    assert len(saved) == 15 * 4 + 2 + 3 * (1 + 2 + 3)
+    assert all("So the answer is" in row["text"] for row in saved if row["finished"])
     agent, last = rows[served], rows["mlpo leader, team, T=2"]
     assert 5 < agent["generated_tokens"] <= 60 and agent["prompt_tokens"] > 10
     assert last["generations"] == 6
-    saved = files.read_jsonl(tmp_path / "run" / "server.jsonl")
-    assert len(saved) == 6 * 3 + 2 + 3 * (1 + 2 + 3)
 
 
 def test_a_model_that_thought_and_said_nothing_is_not_asked_again(fake, tmp_path):
