@@ -327,9 +327,9 @@ def policy_gradient(args, model, reference, groups, advantages):
 def completion_logprobs(model, prompts, completions, temperature=1.0):
     """log pi(token | prompt, completion so far) of every completion token, with gradient, and the
     mask of these tokens, the end of sequence included: (B * G, R) each. prompts: B lists of token
-    ids; completions: B lists of G lists. Each prompt is run once, and its keys and values are
-    shared by its G completions: P + G R tokens instead of G (P + R); gradients flow back through
-    the cache. Completions of like length are run together, so that little is padding."""
+    ids; completions: B lists of G lists. A prompt is run once (but with checkpointing: G times) and
+    its G completions share its keys and values: P + G R tokens instead of G (P + R); gradients flow
+    back through the cache. Completions of like length are run together: little is padding."""
     device, g = model.device, len(completions[0])
     # the prompt's last token predicts the completion's first: it is run with the completion; and so
     # is all of the prompt with checkpointing, which works in training mode and without a cache
