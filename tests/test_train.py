@@ -116,6 +116,23 @@ def test_chunks_of_logits_change_nothing(model):
     torch.testing.assert_close(train.token_logprobs(model, hidden, targets, 1.0, chunk=3), whole)
 
 
+def test_two_threads_make_the_same_gradient_every_time():
+    """Its sums must not depend on which thread comes first: "bit for bit" rests on it."""
+    leader, rng = agents.load("tiny"), random.Random(0)
+    tokens = lambda n: [rng.randrange(5, 300) for _ in range(n)]
+    prompts = [tokens(250) for _ in range(4)]  # fewer, shorter or in the rows' order: no race
+    outputs = [[tokens(rng.randrange(6, 9)) for _ in range(32)] for _ in prompts]
+    threads, gradients = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        for _ in range(4):
+            logprobs, mask = train.completion_logprobs(leader.model, prompts, outputs)
+            gradients.append(gradient(leader.model, (logprobs * mask).sum()))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(other, gradients[0]) for other in gradients[1:])
+
+
 def test_advantages_by_hand():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.1, 0.1, 0.1, 0.1]])
     advantages = train.group_advantages(rewards)
