@@ -341,17 +341,17 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
     logprobs = torch.zeros(mask.shape, device=device)
     left = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
     with agents.autocast(model):
-        prompt, t = DynamicCache(), (seen.cumsum(1) - 1).clamp(min=0)  # t: (B, P - 1)
+        kv, t = DynamicCache(), (seen.cumsum(1) - 1).clamp(min=0)  # t: (B, P - 1)
         if seen.any():
-            model.base_model(heads, attention_mask=seen, position_ids=t, past_key_values=prompt)
+            model.base_model(heads, attention_mask=seen, position_ids=t, past_key_values=kv)
         while left:
             part = [i for i in left if len(inputs[i]) >= 0.7 * len(inputs[left[0]])]
             left, rows = left[len(part) :], torch.tensor(part, device=device)
             ids, own = agents.pad([inputs[i] for i in part], device, "right")  # (rows, R') each
-            pick = lambda x: x.index_select(0, rows // g)  # backward, x[...] adds in any order
-            shared = [(pick(x.keys), pick(x.values)) for x in prompt.layers]
+            b = rows // g  # (rows,), their prompts; the backward of x[b] would add in any order
+            shared = [(x.keys.index_select(0, b), x.values.index_select(0, b)) for x in kv.layers]
             shared = DynamicCache(shared) if shared else None  # the list would hold memory
-            whole = torch.cat([pick(seen), own], dim=1)  # (rows, P - 1 + R')
+            whole = torch.cat([seen[b], own], dim=1)  # (rows, P - 1 + R')
             read = dict(attention_mask=whole, position_ids=whole.cumsum(1)[:, -own.shape[1] :] - 1)
             hidden = model.base_model(ids, past_key_values=shared, use_cache=cut < 0, **read)[0]
             row, k = mask[rows].nonzero(as_tuple=True)  # the tokens of completions: (tokens,) each

@@ -55,6 +55,8 @@ VARIANTS = {
     "grpo": ("sft", "--agents none"),
     "mlpo_only": ("tiny", ""),
     "grpo_only": ("tiny", "--agents none"),
+    "mlpo_150": ("sft", "--steps 150"),  # train.py's default: are they better when trained longer?
+    "grpo_150": ("sft", "--steps 150 --agents none"),
     "grpo_tokens": ("sft", "--agents none"),  # with as many steps as make its tokens MLPO's
     "easy0": ("sft", "--easy_share 0"),
     "easy1": ("sft", "--easy_share 1"),
@@ -107,6 +109,7 @@ def plan(args):
         changed = "easy0", "easy1", "grpo_easy0", "grpo_easy1", "scaled", "kl", "grpo_tokens"
         longer = look(first, "random", "rounds")
         again = each(*longer, *look("alone three:1", "paper", "random_rounds"))
+        again += each(*look(first, "mlpo_150"), *look("alone three:1", "grpo_150"))
         made = [(make_agent, name) for name in MORE_AGENTS]
         made += [(make_leader, name) for name in ("half", "blank")]
         parts += [again, each(*look("alone three:1", *changed))]

@@ -18,6 +18,8 @@ LABELS = {
     "mlpo": "SFT + MLPO (default)",
     "grpo_only": "GRPO alone, no SFT",
     "grpo": "SFT + GRPO alone",
+    "mlpo_150": "SFT + MLPO, 150 steps",
+    "grpo_150": "SFT + GRPO alone, 150 steps",
     "grpo_tokens": "SFT + GRPO alone, as many tokens as MLPO",
     "easy0": "MLPO, all easy questions dropped",
     "easy1": "MLPO, no question dropped",
@@ -186,7 +188,9 @@ def parts(rows):
         text += (
             " (`grpo_tokens` has steps that make up for it; without a row it was not run yet.)\n"
         )
-    return leaders(rows, list(LABELS)[:17], "mlpo") + text
+    text += "\nThe longer runs, with each other:\n\n"
+    text += leaders(rows, ("mlpo_150", "grpo_150", "mlpo", "sft"), "mlpo_150")
+    return leaders(rows, list(LABELS)[:19], "mlpo") + text
 
 
 def baselines(rows):
@@ -347,7 +351,7 @@ def rounds(rows):
     return text + "\n![accuracy over T](benchmarks/evidence_rounds.png)\n"
 
 
-ROUNDS = ("untrained", "sft", "mlpo", "rounds", "random", "random_rounds", "paper")
+ROUNDS = ("untrained", "sft", "mlpo", "mlpo_150", "rounds", "random", "random_rounds", "paper")
 
 
 def weak(rows):
