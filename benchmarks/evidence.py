@@ -44,7 +44,7 @@ import train
 from rewards import extract_agent_answer, extract_answer, is_correct
 
 SEEDS = range(10, 15)  # fresh: 0 to 7 were used while the method was being built
-SAMPLES = {"tiny": 14, "bbh": 5}  # first responses of each agent to each question
+SAMPLES = {"tiny": 14, "fresh": 5, "bbh": 5}  # first responses of each agent to each question
 LONGEST, SEED = 120, evaluate.SEED
 
 # name: (start, what is added to the command). Start: "sft", from the seed's SFT leader; "tiny",
@@ -57,6 +57,8 @@ VARIANTS = {
     "grpo_only": ("tiny", "--agents none"),
     "mlpo_150": ("sft", "--steps 150"),  # train.py's default: are they better when trained longer?
     "grpo_150": ("sft", "--steps 150 --agents none"),
+    "grpo_only_150": ("tiny", "--steps 150 --agents none"),
+    "easy0_150": ("sft", "--steps 150 --easy_share 0"),
     "grpo_tokens": ("sft", "--agents none"),  # with as many steps as make its tokens MLPO's
     "easy0": ("sft", "--easy_share 0"),
     "easy1": ("sft", "--easy_share 1"),
@@ -64,7 +66,9 @@ VARIANTS = {
     "grpo_easy1": ("sft", "--agents none --easy_share 1"),
     "scaled": ("sft", "--scale_rewards"),
     "kl": ("sft", "--kl_coef 0.05"),
+    "dropout0": ("sft", "--team_dropout 0"),
     "random": ("sft", "--random_team"),
+    "random_sft": ("own", "--random_team --proposals {work}/sft-{seed}/proposals.jsonl"),
     "rounds": ("sft", "--train_rounds 2"),
     "random_rounds": ("sft", "--random_team --train_rounds 2"),
     "paper": ("sft", "--paper"),
@@ -91,7 +95,7 @@ SIZES = " ".join(f"K{k}:1" for k in (1, 2, 4, 5, 6))  # K = 3 is the team of the
 def plan(args):
     """What is done, as parts of units (function, its arguments). The units of a part can be done
     at the same time; the next part builds on them."""
-    seeds, first = args.seed_list, "alone three:5"
+    seeds, first, brief = args.seed_list, "alone three:5", "alone three:1"
     each = lambda *units: [(f, what, seed, *more) for seed in seeds for f, what, *more in units]
     look = lambda looks, *names: [(look_at, name, looks) for name in names]
     said = lambda which, *names: [(say, which, name) for name in names]
@@ -100,19 +104,21 @@ def plan(args):
     parts = [
         said("tiny", *three),
         each(*look(first, "sft")),
-        each(*look(first, "mlpo", "untrained"), *look("alone three:1", "grpo", "mlpo_only")),
-        each(*look("alone three:1", "grpo_only"), (baselines, "three", "tiny")),
+        each(*look(first, "mlpo", "untrained"), *look(brief, "grpo", "mlpo_only")),
+        each(*look(brief, "grpo_only"), (baselines, "three", "tiny")),
         each(*[(pick, name, "three") for name in pickers], (debate, "three")),
         each((self_consistency, "mlpo")),
     ]
     if not args.quick:
         changed = "easy0", "easy1", "grpo_easy0", "grpo_easy1", "scaled", "kl", "grpo_tokens"
-        longer = look(first, "random", "rounds")
-        again = each(*longer, *look("alone three:1", "paper", "random_rounds"))
-        again += each(*look(first, "mlpo_150"), *look("alone three:1", "grpo_150"))
+        longer = "mlpo_150", "random", "rounds", "random_rounds"
+        again = each(*look(first, *longer), *look(brief, "grpo_150", "paper"))
         made = [(make_agent, name) for name in MORE_AGENTS]
         made += [(make_leader, name) for name in ("half", "blank")]
-        parts += [again, each(*look("alone three:1", *changed))]
+        final = "mlpo", "grpo", "paper", "mlpo_150", "easy0_150", "grpo_150", "grpo_only_150"
+        fresh = look("fresh/alone fresh/three:1", "untrained", "sft", *final)
+        fresh += [(baselines, "three", "fresh")]
+        parts += [again, each(*look(brief, *changed)), said("fresh", *three)]
         if args.bbh:
             bbh = look("bbh/alone bbh/three:1", "untrained", "sft", "mlpo", "grpo", "random")
             parts += [said("bbh", *three), each((baselines, "three", "bbh"), *bbh)]
@@ -128,14 +134,17 @@ def plan(args):
                 *look("unseen:1 shuffled:1", "sft", "random_rounds", "paper"),
                 *look("finals:1", "mlpo"),
             ),
-            each(*look("alone three:1", "three_tasks")),
-            each(*look("alone same:1 three:1", "same")),
-            each(*look("alone finals:1 three:1", "finals")),
-            each(*look("alone three:1", "half")),
-            each(*look("alone unseen:1 three:1", "unseen")),
-            each(*look("alone finals:1 three:1", "finals_sft")),
-            each(*look("alone three:1", "blank")),
-            each(*look("alone three:1", "half_untrained", "half_sft", "blank_sft")),
+            each(*look(f"{brief} unseen:1 shuffled:1", "random_sft")),
+            each(*look(f"{brief} unseen:1 shuffled:1", "unseen")),
+            each(*look(f"{brief} same:1", "same")),
+            each(*look(brief, "three_tasks")),
+            each(*look(f"{brief} finals:1", "finals")),
+            each(*look(brief, "half")),
+            each(*look(brief, "grpo_only_150", "easy0_150", "dropout0")),
+            each(*fresh),
+            each(*look(f"{brief} finals:1", "finals_sft")),
+            each(*look(brief, "blank")),
+            each(*look(brief, "half_untrained", "half_sft", "blank_sft")),
         ]
     always = (say, make_agent, make_leader, write_finals, write_three_tasks)  # others need these
     kept = lambda unit: not args.only or unit[0] in always or unit[1] in args.only
@@ -148,7 +157,7 @@ def main(argv=None):
     add("--quick", action="store_true", help="two seeds, and the main rows only")
     add("--report", action="store_true", help="no measurement: RESULTS.md and pictures anew")
     add("--seeds", type=int, default=5, help=f"how many seeds, from {SEEDS[0]} on")
-    add("--steps", type=int, default=80, help="steps of MLPO and of GRPO")
+    add("--steps", type=int, default=60, help="steps of MLPO and of GRPO")
     add("--sft_steps", type=int, default=120, help="steps of SFT, and of the deferral leader")
     add("--questions", type=int, default=200, help="test questions")
     add("--train_questions", type=int, default=1000, help="questions with proposals")
@@ -168,6 +177,11 @@ def main(argv=None):
     size = {k: getattr(args, k) for k in ("steps", "sft_steps", "questions", "train_questions")}
     if not args.report and any(row["size"] != size for row in rows.values()):
         raise ValueError(f"{path} holds rows of other --steps or --questions: name another --out")
+    made = Path(args.work) / "size.jsonl"  # of what was trained and said there
+    if not args.report and files.read_jsonl(made) not in ([], [size]):
+        raise ValueError(f"{args.work} is of other --steps or --questions: name another --out")
+    if not args.report:
+        files.write_jsonl(made, [size])
     for part in [] if args.report else plan(args):
         for new in at_the_same_time(args, rows, part):
             new = [{**row, "size": size} for row in new if row["key"] not in rows]
@@ -215,6 +229,8 @@ def run(args, variant, seed, steps=None):
     else:
         told += " --sft_steps 0" + f" --leader {shared}/leader" * (start == "sft")
         told += f" --proposals {shared}/proposals.jsonl" * ("--proposals" not in words)
+    if start == "sft" and not Path(shared, "leader").exists():  # rows without leaders: a clone
+        raise ValueError(f"{shared}/leader is not there: train all anew in another --out")
     told = told.format(work=args.work, seed=seed).split() + ["--out", str(out)]
     return out, trained(variant, seed, told, out)
 
@@ -223,7 +239,8 @@ def trained(variant, seed, told, out):
     """The row of a training command: what it cost. Runs the command if that is not done yet."""
     saved = Path(f"{out}.json")
     if not saved.exists():
-        began, going = time.time(), (out / "config.json").exists() and not (out / "leader").exists()
+        began, old = time.time(), out.exists()
+        going = (out / "config.json").exists() and not (out / "leader").exists()
         command = [sys.executable, "train.py", *told, *(["--resume"] if going else [])]
         with open(f"{out}.log", "w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -236,7 +253,8 @@ def trained(variant, seed, told, out):
         row = {"key": f"{variant}/{seed}/training", "variant": variant, "seed": seed}
         row |= {"mode": "training", "steps": len(steps), "tokens": sum(r["tokens"] for r in steps)}
         row |= {"seconds": round(sum(r["sampling"] + r["training"] for r in steps), 1)}
-        row |= {"wall_seconds": round(time.time() - began, 1), "peak_mb": peak_mb(usage)}
+        wall = None if old else round(time.time() - began, 1)  # else not all of it was now
+        row |= {"wall_seconds": wall, "peak_mb": peak_mb(usage)}
         files.write_json(saved, row | {"command": f"python train.py {' '.join(told)}"})
     return files.read_json(saved)
 
@@ -298,9 +316,14 @@ def make_leader(args, rows, name):
 
 
 def tasks_of(args, which):
-    """The test questions: 200 of tiny's, or 100 of each of the official files of its tasks."""
+    """The test questions: 200 of tiny's, twice as many others that were looked at when all was
+    decided (`fresh`), or 100 of each of the official files of its tasks (`bbh`)."""
     if which == "tiny":
         return list(data.load_tasks("tiny", "test", args.questions, SEED))
+    if which == "fresh":
+        seen = {task["question"] for task in tasks_of(args, "tiny")}
+        rows = data.load_tasks("tiny", "test", 3 * args.questions, SEED + 1)
+        return [row for row in rows if row["question"] not in seen][: 2 * args.questions]
     paths = [f"{args.bbh}/{task}.json" for task in tiny.TASKS]
     return [row for p in paths for row in data.load_tasks(p, "all", args.questions // 2, SEED)]
 
@@ -365,8 +388,8 @@ def new_row(variant, seed, mode, said, right, seconds, prompts=None, **more):
 
 
 def look_at(args, rows, variant, seed, looks):
-    """Train a leader, then measure it: `alone`, and leading a team (`three:5`: for 1 to 5 rounds),
-    on the official files where the look begins with `bbh/`."""
+    """Train a leader, then measure it: `alone`, and leading a team (`three:5`: for 1 to 5 rounds);
+    `bbh/alone`: on the official files; `fresh/alone`: on other test questions."""
     last = lambda look: f"{variant}/{seed}/{look}"  # the mode of what is measured last
     looks = [look for look in looks.split() if last(look) not in rows]
     found = find_leader(args, rows, variant, seed) if looks else None
@@ -375,25 +398,26 @@ def look_at(args, rows, variant, seed, looks):
     folder, new = found
     leader, how = agents.load(str(folder)), {"command": new[0]["command"]} if new else {}
     for look in looks:
-        which, (team, _, rounds) = which_of(look), look.removeprefix("bbh/").partition(":")
+        which = which_of(look)
+        team, _, rounds = look.removeprefix(prefix_of(which)).partition(":")
         tasks = tasks_of(args, which)
+        score = lambda said: [evaluate.is_right("leader", *x) for x in zip(tasks, said)]  # noqa: B023
         if team == "alone":
             prompts = [agents.leader_messages(task["question"]) for task in tasks]
             began = time.time()
             said = leader.answer(prompts, 1, 0, LONGEST)
             seconds = (time.time() - began) / len(tasks)
-            right = [evaluate.is_right("leader", *pair) for pair in zip(tasks, said)]
-            new.append(new_row(variant, seed, look, said, right, seconds, **how))
+            new.append(new_row(variant, seed, look, said, score(said), seconds, **how))
             continue
         for t, (said, seconds) in enumerate(lead(args, leader, team, which, seed, int(rounds)), 1):
-            right = [evaluate.is_right("leader", *pair) for pair in zip(tasks, said)]
             mode = f"{look.rpartition(':')[0]}:{t}"
             more = {**how, "agrees": agreement(args, team, which, seed, said)}
-            new.append(new_row(variant, seed, mode, said, right, seconds, **more))
+            new.append(new_row(variant, seed, mode, said, score(said), seconds, **more))
     return new
 
 
-which_of = lambda look: "bbh" if look.startswith("bbh/") else "tiny"
+which_of = lambda look: look.partition("/")[0] if "/" in look else "tiny"
+prefix_of = lambda which: "" if which == "tiny" else f"{which}/"
 
 
 def find_leader(args, rows, variant, seed):
@@ -450,6 +474,9 @@ def agreement(args, team, which, seed, said):
     return "".join("01"[is_correct(answer, vote)] for answer, vote in pairs)
 
 
+said_by = lambda vote, c: is_correct(extract_agent_answer(c.text), vote)
+
+
 def majority(tasks, said, extract=extract_agent_answer):
     answers = [[extract(c.text) for c in cs] for cs in said]
     return [evaluate.vote(found, task["question"]) for found, task in zip(answers, tasks)]
@@ -460,7 +487,7 @@ def majority(tasks, said, extract=extract_agent_answer):
 
 def baselines(args, rows, team, seed, which):
     """Each agent, votes of different size, and the share of questions on which any is right."""
-    prefix = "bbh/" * (which == "bbh")
+    prefix = prefix_of(which)
     if f"{team}/{seed}/{prefix}any" in rows:
         return []
     tasks, names = tasks_of(args, which), team_of(args, team)
@@ -475,10 +502,11 @@ def baselines(args, rows, team, seed, which):
     sizes = {k} if team != "three" or prefix else {k * n for n in range(1, 9)} | {20, 40}
     for n in sorted(n for n in sizes if n <= most):
         said, seconds = first_responses(args, team, which, seed, n)
-        votes = majority(tasks, said)
-        right = [is_correct(vote, task["answer"]) for vote, task in zip(votes, tasks)]
-        mode = f"{prefix}majority of {n}"
-        new.append(new_row(team, seed, mode, said, right, seconds, prompts=k))
+        right = [evaluate.is_right("majority", *pair) for pair in zip(tasks, said)]
+        mode, votes = f"{prefix}majority of {n}", majority(tasks, said)
+        agree = [sum(said_by(vote, c) for c in cs) > 1 for vote, cs in zip(votes, said)]
+        more = {"prompts": k, "agree": "".join("01"[ok] for ok in agree)}  # else a draw among all
+        new.append(new_row(team, seed, mode, said, right, seconds, **more))
     right = [evaluate.is_right("any_right", task, cs) for task, cs in zip(tasks, first)]
     return [*new, new_row(team, seed, f"{prefix}any", first, right, seconds)]
 
@@ -579,7 +607,7 @@ def debate(args, rows, team, seed, rounds=2):
             columns.append([c for [c] in agent.answer(prompts, max_new_tokens=LONGEST)])
         said = list(zip(*columns))
         everything = [[*old, *new] for old, new in zip(everything, said)]
-    right = [is_correct(v, task["answer"]) for v, task in zip(majority(tasks, said), tasks)]
+    right = [evaluate.is_right("majority", *pair) for pair in zip(tasks, said)]
     seconds += (time.time() - began) / len(tasks)
     return [new_row(team, seed, f"debate:{rounds}", everything, right, seconds)]
 
@@ -599,7 +627,7 @@ def self_consistency(args, rows, variant, seed):
     most = max(sizes.values())
     torch.manual_seed(SEED + seed)
     began = time.time()
-    said = leader.answer(prompts, most, 1.0, LONGEST)
+    said = leader.answer(prompts, most, 0.7, LONGEST)  # usual for votes; at 1 they are worse
     seconds, new = (time.time() - began) / len(tasks) / most, []
     for mode, n in sizes.items():
         some = [cs[:n] for cs in said]

@@ -64,12 +64,15 @@ def test_what_is_left_out_does_not_count():
 # ----------------------------------------------------------------------------------------- report
 
 
+SIZE = {"steps": 80, "train_questions": 1000}
+
+
 def made_up(variant, seed, mode, share=0.7, questions=20, **more):
     rng = random.Random(f"{variant} {seed} {mode}")
     bits = lambda: "".join(rng.choices("01", [1 - share, share], k=questions))
     row = {"key": f"{variant}/{seed}/{mode}", "variant": variant, "seed": seed, "mode": mode}
-    row |= {"correct": bits(), "agrees": bits(), "generations": 4, "seconds": 0.1, "size": {}}
-    row |= {"prompt_tokens": 100, "generated_tokens": 50}
+    row |= {"correct": bits(), "agrees": bits(), "agree": bits(), "generations": 4}
+    row |= {"seconds": 0.1, "size": SIZE, "prompt_tokens": 100, "generated_tokens": 50}
     out = f"--seed {seed} --out runs/evidence/{variant}-{seed}"
     told = f"--leader runs/evidence/sft-{seed}/leader --eval_questions 0 {out}"
     return row | {"command": f"python train.py --steps 80 {told}"} | more
@@ -79,7 +82,9 @@ def rows_of(names, seeds, modes):
     rows = [made_up(n, seed, mode) for n in names for seed in seeds for mode in modes]
     rows += [made_up("three", seed, f"agent {k}") for seed in seeds for k in (1, 2, 3)]
     rows += [made_up("three", seed, "majority of 3") for seed in seeds]
-    rows.append({"key": "tiny/tasks", "variant": "tiny", "seed": None, "mode": "tasks", "size": {}})
+    rows.append(
+        {"key": "tiny/tasks", "variant": "tiny", "seed": None, "mode": "tasks", "size": SIZE}
+    )
     rows[-1]["tasks"] = ["navigate", "dyck_languages"] * 10
     return {row["key"]: row for row in rows}
 
@@ -91,7 +96,7 @@ def test_a_report_of_what_is_there(tmp_path):
     page = (tmp_path / "RESULTS.md").read_text()
     assert [page.count(f"\n## {heading}\n") for heading in report.SECTIONS] == [1] * 8
     assert "`train.py --steps 80 --leader runs/evidence/sft-S/leader`" in page
-    assert "| SFT + MLPO (default) |" in page and "GRPO alone, no SFT |" not in page
+    assert "| SFT + MLPO |" in page and "GRPO alone, no SFT |" not in page
     assert "nan" not in page and "**only" not in page
     assert len(list((tmp_path / "benchmarks").glob("*.png"))) == 5
 
@@ -125,6 +130,10 @@ def test_the_plan_measures_all_that_the_report_shows(tmp_path):
     units = sum(evidence.plan(settings(tmp_path, bbh="bbh")), [])
     looked = {name for f, name, *_ in units if f is evidence.look_at}
     assert looked == set(report.LABELS) and set(evidence.VARIANTS) <= looked
+    looks = [(name, more[-1]) for f, name, *more in units if f is evidence.look_at]
+    modes = {(name, look) for name, several in looks for look in several.split()}
+    assert modes >= {(name, "three:5") for name in report.ROUNDS}
+    assert modes >= {(name, "fresh/alone") for name in ("untrained", "sft", *report.LONGER)}
     quick = sum(evidence.plan(settings(tmp_path, quick=True)), [])
     assert 0 < len(quick) < len(units) / 3
     for name, (_, words) in evidence.VARIANTS.items():
