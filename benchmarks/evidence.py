@@ -1,10 +1,10 @@
 """The evidence: every claim of the paper, and the open questions around it, on the laboratory.
 
     pip install -r requirements-dev.txt
-    python benchmarks/evidence.py            # all of it: five seeds; it can be stopped and goes on
-    python benchmarks/evidence.py --quick    # two seeds, the main rows
-    python benchmarks/evidence.py --report   # the tables and pictures of the rows there are
-    python benchmarks/evidence.py --bbh bbh  # the same, and the official files in the folder bbh
+    python benchmarks/evidence.py --out runs/again            # all of it; if stopped, it goes on
+    python benchmarks/evidence.py --out runs/again --quick    # two seeds, the main rows
+    python benchmarks/evidence.py --out runs/again --bbh bbh  # and the official files in bbh/
+    python benchmarks/evidence.py --report                   # tables and pictures, no measurement
 
 Read `plan` first: what is trained and measured, in which order. Every measurement is a row of
 `evidence.jsonl`; `RESULTS.md` and the pictures are made from these rows and nothing else. What is
@@ -111,8 +111,8 @@ def plan(args):
     ]
     if not args.quick:
         changed = "easy0", "easy1", "grpo_easy0", "grpo_easy1", "scaled", "kl", "grpo_tokens"
-        longer = "mlpo_150", "random", "rounds", "random_rounds"
-        again = each(*look(first, *longer), *look(brief, "grpo_150", "paper"))
+        rounds = "mlpo_150", "random", "rounds", "random_rounds"
+        again = each(*look(first, *rounds), *look(brief, "grpo_150", "paper"))
         made = [(make_agent, name) for name in MORE_AGENTS]
         made += [(make_leader, name) for name in ("half", "blank")]
         final = "mlpo", "grpo", "paper", "mlpo_150", "easy0_150", "grpo_150", "grpo_only_150"
@@ -134,14 +134,13 @@ def plan(args):
                 *look("unseen:1 shuffled:1", "sft", "random_rounds", "paper"),
                 *look("finals:1", "mlpo"),
             ),
-            each(*look(brief, "easy0_150")),
             each(
                 *look(f"{brief} unseen:1 shuffled:1", "random_sft", "unseen"),
                 *look(f"{brief} same:1", "same"),
                 *look(brief, "three_tasks", "half"),
                 *look(f"{brief} finals:1", "finals"),
             ),
-            each(*look(brief, "grpo_only_150", "dropout0")),
+            each(*look(brief, "easy0_150", "grpo_only_150", "dropout0")),
             each(*fresh),
             each(*look(f"{brief} finals:1", "finals_sft"), *look(brief, "blank")),
             each(*look(brief, "half_untrained", "half_sft", "blank_sft")),
@@ -175,12 +174,15 @@ def main(argv=None):
         folder.mkdir(parents=True, exist_ok=True)
     rows = {row["key"]: row for row in files.read_jsonl(path)}
     size = {k: getattr(args, k) for k in ("steps", "sft_steps", "questions", "train_questions")}
-    if not args.report and any(row["size"] != size for row in rows.values()):
-        raise ValueError(f"{path} holds rows of other --steps or --questions: name another --out")
-    made = Path(args.work) / "size.jsonl"  # of what was trained and said there
-    if not args.report and files.read_jsonl(made) not in ([], [size]):
-        raise ValueError(f"{args.work} is of other --steps or --questions: name another --out")
     if not args.report:
+        made = Path(args.work) / "size.jsonl"  # of what was trained and said there
+        known = files.read_jsonl(made)
+        if rows and not known:
+            raise ValueError(
+                f"{path} holds rows, {args.work} no leaders: --report, or another --out"
+            )
+        if any(other != size for other in [*known, *(row["size"] for row in rows.values())]):
+            raise ValueError(f"{path} holds rows of other --steps or --questions: another --out")
         files.write_jsonl(made, [size])
     for part in [] if args.report else plan(args):
         for new in at_the_same_time(args, rows, part):
@@ -229,8 +231,6 @@ def run(args, variant, seed, steps=None):
     else:
         told += " --sft_steps 0" + f" --leader {shared}/leader" * (start == "sft")
         told += f" --proposals {shared}/proposals.jsonl" * ("--proposals" not in words)
-    if start == "sft" and not Path(shared, "leader").exists():  # rows without leaders: a clone
-        raise ValueError(f"{shared}/leader is not there: train all anew in another --out")
     told = told.format(work=args.work, seed=seed).split() + ["--out", str(out)]
     return out, trained(variant, seed, told, out)
 
@@ -398,26 +398,28 @@ def look_at(args, rows, variant, seed, looks):
     folder, new = found
     leader, how = agents.load(str(folder)), {"command": new[0]["command"]} if new else {}
     for look in looks:
-        which = which_of(look)
-        team, _, rounds = look.removeprefix(prefix_of(which)).partition(":")
+        which, _, how_led = look.rpartition("/")
+        which, (team, _, rounds) = which or "tiny", how_led.partition(":")
         tasks = tasks_of(args, which)
-        score = lambda said: [evaluate.is_right("leader", *x) for x in zip(tasks, said)]  # noqa: B023
         if team == "alone":
             prompts = [agents.leader_messages(task["question"]) for task in tasks]
             began = time.time()
             said = leader.answer(prompts, 1, 0, LONGEST)
             seconds = (time.time() - began) / len(tasks)
-            new.append(new_row(variant, seed, look, said, score(said), seconds, **how))
+            right = score("leader", tasks, said)
+            new.append(new_row(variant, seed, look, said, right, seconds, **how))
             continue
         for t, (said, seconds) in enumerate(lead(args, leader, team, which, seed, int(rounds)), 1):
             mode = f"{look.rpartition(':')[0]}:{t}"
             more = {**how, "agrees": agreement(args, team, which, seed, said)}
-            new.append(new_row(variant, seed, mode, said, score(said), seconds, **more))
+            right = score("leader", tasks, said)
+            new.append(new_row(variant, seed, mode, said, right, seconds, **more))
     return new
 
 
-which_of = lambda look: look.partition("/")[0] if "/" in look else "tiny"
-prefix_of = lambda which: "" if which == "tiny" else f"{which}/"
+def score(who, tasks, said):
+    """Per question: is what was said right, as evaluate.py sees it?"""
+    return [evaluate.is_right(who, task, completions) for task, completions in zip(tasks, said)]
 
 
 def find_leader(args, rows, variant, seed):
@@ -474,9 +476,6 @@ def agreement(args, team, which, seed, said):
     return "".join("01"[is_correct(answer, vote)] for answer, vote in pairs)
 
 
-said_by = lambda vote, c: is_correct(extract_agent_answer(c.text), vote)
-
-
 def majority(tasks, said, extract=extract_agent_answer):
     answers = [[extract(c.text) for c in cs] for cs in said]
     return [evaluate.vote(found, task["question"]) for found, task in zip(answers, tasks)]
@@ -487,7 +486,7 @@ def majority(tasks, said, extract=extract_agent_answer):
 
 def baselines(args, rows, team, seed, which):
     """Each agent, votes of different size, and the share of questions on which any is right."""
-    prefix = prefix_of(which)
+    prefix = f"{which}/" * (which != "tiny")
     if f"{team}/{seed}/{prefix}any" in rows:
         return []
     tasks, names = tasks_of(args, which), team_of(args, team)
@@ -496,19 +495,23 @@ def baselines(args, rows, team, seed, which):
     new = []
     for j in range(k):
         said = [cs[j : j + 1] for cs in first]
-        right = [evaluate.is_right("agent", task, cs) for task, cs in zip(tasks, said)]
-        mode = f"{prefix}agent {j + 1}"
+        right, mode = score("agent", tasks, said), f"{prefix}agent {j + 1}"
         new.append(new_row(team, seed, mode, said, right, seconds / k))
     sizes = {k} if team != "three" or prefix else {k * n for n in range(1, 9)} | {20, 40}
     for n in sorted(n for n in sizes if n <= most):
         said, seconds = first_responses(args, team, which, seed, n)
-        right = [evaluate.is_right("majority", *pair) for pair in zip(tasks, said)]
-        mode, votes = f"{prefix}majority of {n}", majority(tasks, said)
-        agree = [sum(said_by(vote, c) for c in cs) > 1 for vote, cs in zip(votes, said)]
-        more = {"prompts": k, "agree": "".join("01"[ok] for ok in agree)}  # else a draw among all
+        right, mode = score("majority", tasks, said), f"{prefix}majority of {n}"
+        more = {"prompts": k, "two_agree": two_agree(tasks, said)}
         new.append(new_row(team, seed, mode, said, right, seconds, **more))
-    right = [evaluate.is_right("any_right", task, cs) for task, cs in zip(tasks, first)]
+    right = score("any_right", tasks, first)
     return [*new, new_row(team, seed, f"{prefix}any", first, right, seconds)]
+
+
+def two_agree(tasks, said):
+    """Bits: did two or more agents give the vote's answer? If not, it was a draw among all."""
+    answers = [[extract_agent_answer(c.text) for c in cs] for cs in said]
+    pairs = zip(answers, majority(tasks, said))
+    return "".join("01"[sum(is_correct(a, vote) for a in found) > 1] for found, vote in pairs)
 
 
 def as_output(text):
@@ -607,7 +610,7 @@ def debate(args, rows, team, seed, rounds=2):
             columns.append([c for [c] in agent.answer(prompts, max_new_tokens=LONGEST)])
         said = list(zip(*columns))
         everything = [[*old, *new] for old, new in zip(everything, said)]
-    right = [evaluate.is_right("majority", *pair) for pair in zip(tasks, said)]
+    right = score("majority", tasks, said)
     seconds += (time.time() - began) / len(tasks)
     return [new_row(team, seed, f"debate:{rounds}", everything, right, seconds)]
 

@@ -16,13 +16,13 @@ PARTS = {  # of the first table
     "sft": "SFT only",
     "mlpo_only": "MLPO only",
     "mlpo": "SFT + MLPO",
-    "grpo_only": "GRPO alone, no SFT",
-    "grpo": "SFT + GRPO alone",
-    "grpo_tokens": "SFT + GRPO alone, as many tokens as MLPO in this phase",
+    "grpo_only": "GRPO only",
+    "grpo": "SFT + GRPO",
+    "grpo_tokens": "SFT + GRPO, as many tokens as MLPO in this phase",
     "easy0": "MLPO, all easy questions dropped",
     "easy1": "MLPO, no question dropped",
-    "grpo_easy0": "GRPO alone, all easy questions dropped",
-    "grpo_easy1": "GRPO alone, no question dropped",
+    "grpo_easy0": "GRPO, all easy questions dropped",
+    "grpo_easy1": "GRPO, no question dropped",
     "scaled": "MLPO, advantages / std",
     "kl": "MLPO, with a KL term",
     "dropout0": "MLPO, always with the team",
@@ -35,8 +35,8 @@ PARTS = {  # of the first table
 LONGER = {
     "mlpo_150": "SFT + MLPO, 150 steps",
     "easy0_150": "the same, all easy questions dropped",
-    "grpo_150": "SFT + GRPO alone, 150 steps",
-    "grpo_only_150": "GRPO alone, no SFT, 150 steps",
+    "grpo_150": "SFT + GRPO, 150 steps",
+    "grpo_only_150": "GRPO only, 150 steps",
 }
 LABELS = {
     **PARTS,
@@ -64,8 +64,8 @@ rest twice and so errs on the careful side; the p of a difference is that of a p
 this variance (degrees of freedom after Satterthwaite). No correction for the number of tests. From
 one seed, an interval is over questions alone, and no p is given.
 
-The 200 test questions are those of the default run, which were looked at while the method was
-built: what was decided by them is confirmed, at the end of 1, on 400 others."""
+The test questions are those of the default run, which were looked at while the method was built:
+what was decided by them is confirmed, at the end of 1, on twice as many others."""
 
 
 # ------------------------------------------------------------------------------------- statistics
@@ -198,15 +198,15 @@ def title(mode):
 def parts(rows):
     """Compare the first four rows: what each phase adds, alone and with the team. Then what GRPO on
     the leader alone makes of the same start, and what each setting changes. Where the second phase
-    has not 60 steps, the command says so."""
+    has more or fewer steps than are named above, the command says so."""
     mlpo, grpo = (mean_of(rows, (name, "training"), "tokens") for name in ("mlpo", "grpo"))
     text = leaders(rows, PARTS, "mlpo")
     if not math.isnan(mlpo + grpo):
         more = f"{100 * (grpo / mlpo - 1):+.1f}%"
-        text += f"\nIn as many steps GRPO alone reads and writes {more} tokens compared to MLPO.\n"
+        text += f"\nIn as many steps GRPO reads and writes {more} tokens compared to MLPO.\n"
     text += "\nThe longer runs, with each other:\n\n"
     text += leaders(rows, (*LONGER, "sft"), "mlpo_150")
-    text += "\nOn 400 other test questions:\n\n"
+    text += "\nOn other test questions, twice as many:\n\n"
     who = ("untrained", "sft", "mlpo", "paper", "grpo", *LONGER)
     return text + leaders(rows, who, "sft", ("fresh/alone", "fresh/three:1"))
 
@@ -291,7 +291,7 @@ def when_wrong(rows):
         cells = [share(rows, one, {s: right[s] == k for s in right}) for k in range(4)]
         lines.append([label, *cells])
     text = table(head, lines) + "\n![by right agents](benchmarks/evidence_wrong.png)\n\n"
-    vote, agree = (bits(rows, "three", "majority of 3", f) for f in ("correct", "agree"))
+    vote, agree = (bits(rows, "three", "majority of 3", f) for f in ("correct", "two_agree"))
     lines = []
     for name in names:
         same, ok = bits(rows, name, "three:1", "agrees"), bits(rows, name, "three:1")
@@ -454,10 +454,11 @@ is in each row of `evidence.jsonl`."""
 # --------------------------------------------------------------------------------------- pictures
 
 
-def line(axis, rows, ones, xs, label, **style):
-    """A curve with its 95% intervals, of what has been measured."""
-    found = [(x, matrix(rows, one)) for x, one in zip(xs, ones)]
-    found = [(x, *estimate(values)[:2]) for x, values in found if values.size]
+def line(axis, rows, ones, xs, label, masks=None, **style):
+    """A curve with its 95% intervals, of what has been measured (of the questions in the masks)."""
+    every = zip(xs, ones, masks or [None] * len(ones))
+    found = [(x, matrix(rows, one, mask=mask)) for x, one, mask in every]
+    found = [(x, *estimate(values)[:2]) for x, values in found if np.isfinite(values).any()]
     if found:
         x, y, half = (np.array(column) for column in zip(*found))
         axis.errorbar(x, 100 * y, 100 * half, capsize=2, label=label, **{"marker": "o", **style})
@@ -500,14 +501,9 @@ def draw_wrong(rows, figure):
     everyone = {"majority of 3": ("three", "majority of 3")}
     everyone |= {f"{LABELS[n]}, team": (n, "three:1") for n in ("untrained", "sft", "mlpo")}
     everyone |= {f"{LABELS['mlpo']}, alone": ("mlpo", "alone")}
+    masks = [{s: right[s] == k for s in right} for k in range(4)]
     for label, one in everyone.items():
-        points = []
-        for k in range(4):
-            values = matrix(rows, one, mask={s: right[s] == k for s in right})
-            points += [(k, *estimate(values)[:2])] if np.isfinite(values).any() else []
-        if points:
-            x, y, half = map(np.array, zip(*points))
-            axis.errorbar(x, 100 * y, 100 * half, marker="o", capsize=2, label=label)
+        line(axis, rows, [one] * 4, range(4), label, masks)
     legend(axis, xlabel="agents that are right", xticks=range(4))
 
 
@@ -532,7 +528,8 @@ def draw_rounds(rows, figure):
 
 def draw_parts(rows, figure):
     """The parts of the method, alone and with the team."""
-    axis, names = figure.subplots(), ("untrained", "sft", "mlpo_only", "mlpo", "grpo_only", "grpo")
+    axis, names = figure.subplots(), ["untrained", "sft", "mlpo_only", "mlpo", "mlpo_150"]
+    names += ["grpo_only", "grpo", "grpo_150"]
     for shift, mode, color in ((-0.2, "alone", "tab:blue"), (0.2, "three:1", "tab:orange")):
         for i, name in enumerate(names):
             values = matrix(rows, (name, mode))

@@ -13,6 +13,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import evidence
 import evidence_report as report
 
+import files
+
 # ------------------------------------------------------------------------------------- statistics
 
 
@@ -71,7 +73,7 @@ def made_up(variant, seed, mode, share=0.7, questions=20, **more):
     rng = random.Random(f"{variant} {seed} {mode}")
     bits = lambda: "".join(rng.choices("01", [1 - share, share], k=questions))
     row = {"key": f"{variant}/{seed}/{mode}", "variant": variant, "seed": seed, "mode": mode}
-    row |= {"correct": bits(), "agrees": bits(), "agree": bits(), "generations": 4}
+    row |= {"correct": bits(), "agrees": bits(), "two_agree": bits(), "generations": 4}
     row |= {"seconds": 0.1, "size": SIZE, "prompt_tokens": 100, "generated_tokens": 50}
     out = f"--seed {seed} --out runs/evidence/{variant}-{seed}"
     told = f"--leader runs/evidence/sft-{seed}/leader --eval_questions 0 {out}"
@@ -96,7 +98,7 @@ def test_a_report_of_what_is_there(tmp_path):
     page = (tmp_path / "RESULTS.md").read_text()
     assert [page.count(f"\n## {heading}\n") for heading in report.SECTIONS] == [1] * 8
     assert "`train.py --steps 80 --leader runs/evidence/sft-S/leader`" in page
-    assert "| SFT + MLPO |" in page and "GRPO alone, no SFT |" not in page
+    assert "| SFT + MLPO |" in page and "GRPO only |" not in page
     assert "nan" not in page and "**only" not in page
     assert len(list((tmp_path / "benchmarks").glob("*.png"))) == 5
 
@@ -124,6 +126,18 @@ def settings(tmp_path, **changed):
     usual = {"steps": 1, "sft_steps": 1, "questions": 6, "train_questions": 10, "jobs": 1}
     usual |= {"quick": False, "bbh": "", "only": [], "work": str(tmp_path), "seed_list": [10, 11]}
     return SimpleNamespace(**{**usual, **changed})
+
+
+def test_rows_without_their_leaders_or_of_another_size_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # main changes it
+    (tmp_path / "benchmarks").mkdir()
+    row = {"key": "a", "seed": 10, "size": {"steps": 60}}
+    files.write_jsonl(tmp_path / "benchmarks" / "evidence.jsonl", [row])
+    with pytest.raises(ValueError, match="no leaders"):  # as in a clone
+        evidence.main(["--out", str(tmp_path)])
+    files.write_jsonl(tmp_path / "runs" / "evidence" / "size.jsonl", [row["size"]])
+    with pytest.raises(ValueError, match="rows of other --steps"):
+        evidence.main(["--out", str(tmp_path)])
 
 
 def test_the_plan_measures_all_that_the_report_shows(tmp_path):
