@@ -23,10 +23,9 @@ import datasets
 
 import tiny
 from rewards import last_boxed
-from tiny import fingerprint
+from tiny import question_hash
 
 SPLITS = ("train", "validation", "test")
-parse = lambda text: json.loads(text, parse_int=str, parse_float=str)  # 1.50 stays 1.50
 BBH_TASKS = """boolean_expressions causal_judgement date_understanding disambiguation_qa
 dyck_languages formal_fallacies geometric_shapes hyperbaton logical_deduction_five_objects
 logical_deduction_seven_objects logical_deduction_three_objects movie_recommendation
@@ -34,6 +33,11 @@ multistep_arithmetic_two navigate object_counting penguins_in_a_table ruin_names
 reasoning_about_colored_objects salient_translation_error_detection snarks sports_understanding
 temporal_sequences tracking_shuffled_objects_five_objects tracking_shuffled_objects_seven_objects
 tracking_shuffled_objects_three_objects web_of_lies word_sorting""".split()
+
+
+def parse_json(text):
+    """Numbers stay as they are written: 1.50 is not 1.5."""
+    return json.loads(text, parse_int=str, parse_float=str)
 
 
 def load_tasks(spec, split, n=None, seed=0, question_column="", answer_column="", task_column=""):
@@ -45,8 +49,9 @@ def load_tasks(spec, split, n=None, seed=0, question_column="", answer_column=""
     if spec == "tiny":
         return datasets.Dataset.from_list(tiny.puzzles(split, n or 1000, seed))
     theirs = {"question": question_column, "answer": answer_column, "task": task_column}
-    piles, problems = defaultdict(list), []
-    for name, task, records in read(spec):
+    piles = defaultdict(list)
+    problems = []
+    for name, task, records in read_source(spec):
         for i, record in enumerate(records, 1):
             try:
                 piles[name].append(to_row(record, task, theirs))
@@ -69,27 +74,40 @@ def columns(config):
     return {name: config.get(name, "") for name in names}
 
 
-def home(question):
+def split_by_hash(question):
     """The split of a question from a source in one piece: read off its hash, so it never moves."""
-    share = int(fingerprint(question)[:8], 16) / 16**8  # evenly spread over [0, 1)
-    return "train" if share < 0.7 else "validation" if share < 0.8 else "test"
+    share = int(question_hash(question)[:8], 16) / 16**8  # evenly spread over [0, 1)
+    if share < 0.7:
+        return "train"
+    return "validation" if share < 0.8 else "test"
 
 
 def divide(piles):
     """{name of a split in the source: rows} -> {train, validation, test: rows}, none twice."""
-    rows = sum(piles.values(), [])
     if not piles.get("train") or not piles.get("test"):  # in one piece, or as good as that
-        piles = {name: [r for r in rows if home(r["question"]) == name] for name in SPLITS}
+        pieces = piles.values()
+        piles = {name: [] for name in SPLITS}
+        for piece in pieces:
+            for row in piece:
+                piles[split_by_hash(row["question"])].append(row)
     elif not piles.get("validation"):
-        piles["validation"] = [r for r in piles["train"] if home(r["question"]) == "validation"]
-    kept = {}  # the first to come keeps a question: test, then validation, then train
-    for name in reversed(SPLITS):
+        piles["validation"] = []
+        for row in piles["train"]:
+            if split_by_hash(row["question"]) == "validation":
+                piles["validation"].append(row)
+    seen = set()
+    kept = {}
+    for name in reversed(SPLITS):  # the first to come keeps a question: test, validation, train
+        kept[name] = []
         for row in piles[name]:
-            kept.setdefault(fingerprint(row["question"]), (name, row))
-    return {split: [row for name, row in kept.values() if name == split] for split in SPLITS}
+            mark = question_hash(row["question"])
+            if mark not in seen:
+                seen.add(mark)
+                kept[name].append(row)
+    return {name: kept[name] for name in SPLITS}
 
 
-def read(spec):
+def read_source(spec):
     """Find out what a spec is: [(split or file, task of records that name none, records)]."""
     name, _, selection = {"gsm8k": "openai/gsm8k:main"}.get(spec, spec).partition(":")
     path = Path(spec)
@@ -97,11 +115,11 @@ def read(spec):
     if name in BENCHMARKS:  # so `bbh` is the benchmark, and a folder of that name is `./bbh`
         return BENCHMARKS[name]([part.strip() for part in selection.split(",") if part.strip()])
     if {"dataset_info.json", "dataset_dict.json"} & {file.name for file in files}:
-        source = load(datasets.load_from_disk, spec)
+        source = try_to_load(datasets.load_from_disk, spec)
     elif files and path.exists():
-        return [(file.stem, file.stem, load(read_json, file)) for file in files]
+        return [(file.stem, file.stem, try_to_load(read_json, file)) for file in files]
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not files:
-        source = load(datasets.load_dataset, name, selection or None)
+        source = try_to_load(datasets.load_dataset, name, selection or None)
     else:
         known = f"tiny, {', '.join(BENCHMARKS)}, gsm8k, a .json or .jsonl file, a folder of these"
         raise ValueError(f"unknown dataset or file: {spec!r}: use {known}, or owner/name")
@@ -111,23 +129,24 @@ def read(spec):
 
 def bbh(tasks):
     """6,511 questions of suzgunmirac/BIG-Bench-Hard (MIT), all "test": so divided by hash."""
-    for task in pick("bbh", tasks, BBH_TASKS):
-        yield "test", task, load(datasets.load_dataset, "SaylorTwift/bbh", task)["test"]
+    for task in choose_parts("bbh", tasks, BBH_TASKS):
+        yield "test", task, try_to_load(datasets.load_dataset, "SaylorTwift/bbh", task)["test"]
 
 
 def math(levels):
     """7,500 problems to train on; of the 5,000 for testing, openai/prm800k's 500 (both MIT)."""
-    levels = pick("math", levels, "12345?")  # a few are of "Level ?"
+    levels = choose_parts("math", levels, "12345?")  # a few are of "Level ?"
     names = {"train": "DigitalLearningGmbH/MATH-lighteval", "test": "HuggingFaceH4/MATH-500"}
     for split, name in names.items():
-        rows = load(datasets.load_dataset, name)[split]  # "Level 4" in the one, 4 in the other
+        rows = try_to_load(datasets.load_dataset, name)[split]
+        # "Level 4" in the one, 4 in the other
         yield split, "math", [row for row in rows if str(row["level"])[-1] in levels]
 
 
 def mmlu(subjects):
     """14,042 to test (MIT). The 99,842 to train on have no subject: used whatever the subjects."""
-    source = load(datasets.load_dataset, "cais/mmlu", "all")
-    subjects = {"", *pick("mmlu", subjects, sorted(set(source["test"]["subject"])))}
+    source = try_to_load(datasets.load_dataset, "cais/mmlu", "all")
+    subjects = {"", *choose_parts("mmlu", subjects, sorted(set(source["test"]["subject"])))}
     for split in ("auxiliary_train", "validation", "test"):
         rows = [row for row in source[split] if row["subject"] in subjects]
         yield split.removeprefix("auxiliary_"), "mmlu", rows
@@ -136,13 +155,14 @@ def mmlu(subjects):
 BENCHMARKS = {"bbh": bbh, "math": math, "mmlu": mmlu}
 
 
-def pick(name, chosen, known):
-    if unknown := sorted(set(chosen) - set(known)):
+def choose_parts(name, chosen, known):
+    unknown = sorted(set(chosen) - set(known))
+    if unknown:
         raise ValueError(f"{name} has no part {unknown[0]!r}: choose from {', '.join(known)}")
-    return chosen or known
+    return chosen if chosen else known
 
 
-def load(function, name, *config):
+def try_to_load(function, name, *config):
     try:
         return function(name, *config)
     except Exception as error:  # of a dozen kinds, some a page long: one line will do
@@ -154,23 +174,26 @@ def read_json(path):
     """The records: the lines of a .jsonl, still to be parsed; a list, or {"examples": list}."""
     if path.suffix == ".jsonl":  # not splitlines: a text may contain exotic line separators
         return [line for line in path.read_bytes().split(b"\n") if line.strip()]
-    records = parse(path.read_bytes())
+    records = parse_json(path.read_bytes())
     records = records.get("examples", records) if isinstance(records, dict) else records
     return records if isinstance(records, list) else [records]
 
 
 def to_row(record, task, theirs):
     """A record in the schema of any of these benchmarks as one in ours: all of it text."""
-    record = parse(record) if isinstance(record, bytes) else record
+    record = parse_json(record) if isinstance(record, bytes) else record
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, not {record!r:.40}")
-    record |= {ours: text(record, name) for ours, name in theirs.items() if name}
+    for ours, name in theirs.items():
+        if name:
+            record[ours] = text(record, name)
     if "solution" in record:  # MATH: the answer is in a box, after the reasoning
         record = {"answer": last_boxed(str(record["solution"]))} | record
     question = text(record, "question", "problem", "input")
     answer = text(record, "answer", "target")
     answer = text({"answer": answer.rpartition("####")[2]}, "answer")  # GSM8K: it comes last
-    if choices := record.get("choices"):  # MMLU: the answer is the number of a choice, or a letter
+    choices = record.get("choices")
+    if choices:  # MMLU: the answer is the number of a choice, or a letter
         letters = list("ABCDEFGHIJ")[: len(choices)] if isinstance(choices, list) else []
         answer = dict(zip("0123456789", letters)).get(answer, answer)
         if answer not in letters:
@@ -184,7 +207,8 @@ def to_row(record, task, theirs):
 
 def text(record, *names):
     """What is in the first of these columns that the record has, or a ValueError."""
-    value = next((record[name] for name in names if name in record), None)
+    present = [record[name] for name in names if name in record]
+    value = present[0] if present else None
     if value is None or isinstance(value, (list, dict)) or not str(value).strip():
         raise ValueError(f"no text in {' or '.join(names)}; the columns are {list(record)!r:.300}")
     return str(value).strip()

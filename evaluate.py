@@ -3,20 +3,24 @@
     python evaluate.py runs/mlpo                                # the table and the pictures
     python evaluate.py runs/mlpo --dataset my.jsonl --rounds 3  # on other questions
     python evaluate.py runs/seed5 runs/seed6 runs/seed7         # mean and spread over runs
+    python evaluate.py runs/mlpo runs/grpo                      # A and B, and the gains of B over A
     python evaluate.py runs/mlpo --ask "not ( True ) and ( True ) is"
 
 Read `measure` first: it is the procedure. Comparisons are paired: all runs get the same questions,
 none of them from training, and the agents' first responses are sampled once, for the vote, the
-ceiling and every leader. T rounds with K agents are (K+1)T generations: the vote gets as many.
+ceiling and every leader. T rounds with K agents are (K+1)T generations: a vote gets as many, where
+that is as often for each agent. What is drawn and written of a run is in report.py.
 """
 
 import argparse
 import math
 import os
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
-from textwrap import indent
+from string import ascii_lowercase, ascii_uppercase
+from textwrap import fill
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in train.py
 
@@ -25,341 +29,744 @@ from tqdm import tqdm
 
 import agents
 import data
-import files
+import report
+import runs
 from rewards import extract_agent_answer, extract_answer, is_correct
-from rewards import score as score_text
 
 SEED = 0  # of the questions, the agents and the ties: constant, so that runs can be compared
 
 
 def main(argv=None):
+    options = parse(argv)
+    folders = options.pop("runs")
+    configs = [read_run(folder, **options)[0] for folder in folders]
+    if "ask" in options:
+        question = options.pop("ask")
+        ask(folders, question, **options)
+        return
+    check_same_questions(configs)
+    results = [measure(folder, **options) for folder in folders]
+    groups = group_runs(folders, configs, results)
+    if len(groups) == 1:
+        print_table(results)
+    else:
+        print_groups(groups)
+
+
+def parse(argv):
+    """The command line as a dict of what was given."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
-    parser.error = files.fail
+    parser.error = runs.fail
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="a folder that train.py has filled")
+    add(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="a folder that train.py has filled. Several runs that differ in nothing but their "
+        "seed: one table of mean and spread. Runs of other settings: a table each (A, B, ...), and "
+        "the gains over A, the settings of the first RUN, question by question",
+    )
     add("--dataset", help="other questions than the run's: a name or a file (see data.py)")
     for name in data.columns({}):
         add(f"--{name}", help="of another --dataset; the run's own is read as in training")
-    add("--rounds", type=int, help="T, rounds of leader and team; by itself the run's (--ask: 1)")
-    add("--eval_questions", type=int, help="how many questions; by itself the run's")
-    add("--device", help="cuda, mps or cpu; by itself the run's")
+    add("--rounds", type=int, help="T, rounds of leader and team; by default the run's (--ask: 1)")
+    add("--eval_questions", type=int, help="how many questions; by default the run's")
+    add("--device", help="cuda, mps or cpu; by default the run's, or what is there instead")
     add("--ask", help="put this question to the leader, alone and with its team")
-    options = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    runs = options.pop("runs")
-    configs = [open_run(run, **options)[0] for run in runs]
-    asked = {(config["dataset"], config["eval_questions"]) for config in configs}
-    if "ask" in options:
-        return ask(runs, options.pop("ask"), **options)
-    if len(asked) > 1:
-        what = ", ".join(f"{n} of {dataset}" for dataset, n in sorted(asked))
-        raise ValueError(f"other questions in each ({what}): --dataset, --eval_questions")
-    print_table([measure(run, **options) for run in runs])
+    given = vars(parser.parse_args(argv))
+    return {name: value for name, value in given.items() if value is not None}
+
+
+# -------------------------------------------------------------------------------- the procedure
 
 
 def measure(run, **options):
     """What is in a run's `results.json`: measured, or read if no setting has changed since."""
-    run, (config, stages) = Path(run), open_run(run, **options)
-    dataset, rounds, tasks = config["dataset"], config["rounds"], test_questions(config)
-    settings = config | {"fingerprint": data.fingerprint(repr(tasks))}  # all that matters
-    suffix = f"-{Path(dataset).stem[:60]}" if dataset != config["trained_on"] else ""
+    run = Path(run)
+    config, stages = read_run(run, **options)
+    tasks = test_questions(config)
+    suffix = ""
+    if config["dataset"] != config["trained_on"]:
+        suffix = f"-{Path(config['dataset']).stem[:60]}"
     path = run / f"results{suffix}.json"
-    if path.exists() and (saved := files.read_json(path)).get("settings") == settings:
+    settings = {**config, "questions_hash": data.question_hash(repr(tasks))}  # all that matters
+    saved = runs.read_json(path) if path.exists() else {}
+    if saved.get("settings") == settings:
         print(f"{path}: already evaluated, with these settings")
         return saved
 
-    questions = [task["question"] for task in tasks]
-    leader, team = load(run, config, config["leader"], questions)
-    results = {"dataset": dataset, "questions": len(tasks), "settings": settings}
-    ids = leader.tokenizer(questions, add_special_tokens=False)["input_ids"]
-    results["unknown_words"] = fmean(i == leader.tokenizer.unk_token_id for row in ids for i in row)
-    prompts = [agents.leader_messages(question) for question in questions]
-    k, name, rows = len(team), config["leader"], []
-    more = (k + 1) * rounds - k if team else 0  # what T rounds generate after the first responses
-    total = len(tasks) * (2 * k + more + len(stages) * (1 + more))  # or up to K less for each
-
-    with tqdm(desc=run.name, total=total, unit=" answers", leave=False) as bar:
-        how = {key: config[key] for key in ("temperature", "max_new_tokens")} | {"bar": bar}
-        first = ask_team(team, questions, k, SEED, how)  # round 0, for everyone
-        votes = [[*a, *b] for a, b in zip(first, ask_team(team, questions, more, SEED + 1, how))]
-        for j, agent in enumerate(team):
-            rows.append(score(tasks, [said[j : j + 1] for said in first], "agent", agent.name))
-        if team:
-            rows.append(score(tasks, first, "majority", f"majority vote of {k}"))
-            rows.append(score(tasks, votes, "majority", f"majority vote of {k + more}", prompts=k))
-            rows.append(score(tasks, first, "any_right", "any agent right"))  # a selector's best
-        for stage, folder in stages.items():
-            if stage != "untrained":
-                leader = None  # makes room for the next
-                leader = agents.load(folder, config["device"])
-            said = leader.answer(prompts, 1, 0, config["max_new_tokens"], bar)  # alone, greedy
-            rows.append(score(tasks, said, "leader", name, stage, False, 1))
-            if team:
-                torch.manual_seed(SEED)  # the same luck for every leader
-                turns = agents.deliberate(leader, team, questions, rounds, **how, responses=first)
-                for t in sorted({1, rounds}):
-                    said = [[c for x in ts[:t] for c in (*x.responses, x.output)] for ts in turns]
-                    rows.append(score(tasks, said, "leader", name, stage, True, t))
-
-    rows.sort(key=lambda row: (row["team"], row["rounds"]))  # so stages stand side by side
-    results["rows"], texts = rows, {row["label"]: row.pop("texts") for row in rows}
-    files.write_text(run / f"transcripts{suffix}.md", transcripts(results, tasks, texts))
-    draw_results(results, run / f"results{suffix}.png")
-    draw_curves(files.read_jsonl(run / "metrics.jsonl"), run / "curves.png")
-    files.write_json(path, results)  # last: where it is, the others are
+    config = {**config, "device": device_here(run, config)}
+    results = {"dataset": config["dataset"], "questions": len(tasks), "settings": settings}
+    results["device"] = config["device"]
+    results["question_ids"] = [data.question_hash(task["question"])[:16] for task in tasks]
+    results |= measure_rows(run, config, stages, tasks)
+    texts = {row["label"]: row.pop("texts") for row in results["rows"]}
+    report.write_transcripts(results, tasks, texts, run / f"transcripts{suffix}.md")
+    report.plot_results(results, run / f"results{suffix}.png")
+    report.plot_curves(runs.read_jsonl(run / "metrics.jsonl"), run / "curves.png")
+    runs.write_json(path, results)  # last: where it is, the others are
     return results
 
 
-def open_run(run, **options):
-    """The settings of a finished run, changed by `options`; {stage: where its leader is}."""
+def measure_rows(run, config, stages, tasks):
+    """{"unknown_words": a share, "rows": of the team, then of each leader alone, then with it}."""
+    questions = [task["question"] for task in tasks]
+    rounds = config["rounds"]
+    leader, team = load_leader_and_team(run, config, config["leader"], questions)
+    unknown = unknown_words(leader.tokenizer, questions)
+    total = len(tasks) * generations_per_question(len(team), rounds, len(stages))
+    with tqdm(desc=run.name, total=total, unit=" answers", leave=False) as bar:
+        settings = {key: config[key] for key in ("temperature", "max_new_tokens")}
+        settings["bar"] = bar
+        first = ask_team(team, questions, 1, SEED, settings)  # round 0, for everyone
+        rows = team_rows(tasks, team, first, rounds, settings)
+        for stage, folder in stages.items():
+            if stage != "untrained":
+                leader = None  # makes room for the next
+                leader = load_leader(folder, config)
+            identity = {"name": config["leader"], "stage": stage}
+            rows.append(alone_row(tasks, leader, settings, identity))
+            if team:
+                rows += with_team_rows(tasks, leader, team, first, rounds, settings, identity)
+    rows.sort(key=lambda row: (row["team"], row["rounds"]))  # so stages stand side by side
+    return {"unknown_words": unknown, "rows": rows}
+
+
+def team_rows(tasks, team, first, rounds, settings):
+    """Rows without a leader: each agent, the votes, and the ceiling: is any agent right?
+    first: per question K Completions, one of each agent."""
+    rows = []
+    for k, agent in enumerate(team):
+        own = [responses[k : k + 1] for responses in first]
+        rows.append(result_row(tasks, own, "agent", agent.name))
+    if not team:
+        return rows
+    rows.append(result_row(tasks, first, "majority", f"majority vote of {len(team)}"))
+    extra = extra_votes(len(team), rounds)
+    if extra:
+        questions = [task["question"] for task in tasks]
+        later = ask_team(team, questions, extra // len(team), SEED + 1, settings)
+        votes = [[*responses, *more] for responses, more in zip(first, later)]
+        name = f"majority vote of {len(team) + extra}"
+        # a prompt is read once, however many responses are sampled from it
+        rows.append(result_row(tasks, votes, "majority", name, prompts_read=len(team)))
+    rows.append(result_row(tasks, first, "any_right", "any agent right"))  # a selector's best
+    return rows
+
+
+def alone_row(tasks, leader, settings, identity):
+    """The leader without a team, greedy."""
+    prompts = [agents.leader_messages(task["question"]) for task in tasks]
+    outputs = leader.answer(prompts, n=1, **{**settings, "temperature": 0})
+    return result_row(tasks, outputs, "leader", **identity, rounds=1)
+
+
+def with_team_rows(tasks, leader, team, first, rounds, settings, identity):
+    """The leader with its team: after one round, and after all of them."""
+    torch.manual_seed(SEED)  # the same luck for every leader
+    questions = [task["question"] for task in tasks]
+    history = agents.deliberate(leader, team, questions, rounds, responses=first, **settings)
+    rows = []
+    for t in sorted({1, rounds}):
+        written = [all_written(past[:t]) for past in history]
+        rows.append(result_row(tasks, written, "leader", **identity, team=True, rounds=t))
+    return rows
+
+
+def all_written(past):
+    """The Completions of these rounds on one question, the leader's last output last."""
+    written = []
+    for round_ in past:
+        written += [*round_.responses, round_.output]
+    return written
+
+
+def ask_team(team, questions, each, seed, settings):
+    """Per question `each` Completions of every agent; the agents take turns."""
+    torch.manual_seed(seed)
+    prompts = [agents.agent_messages(question) for question in questions]
+    answers = [agent.answer(prompts, n=each, **settings) for agent in team]  # (K, questions, each)
+    in_turns = []
+    for q in range(len(questions)):
+        completions = []
+        for i in range(each):
+            completions += [of_agent[q][i] for of_agent in answers]
+        in_turns.append(completions)
+    return in_turns
+
+
+def extra_votes(k, rounds):
+    """How many more responses than its first k a team needs for a vote of as many generations as
+    the rounds take; 0 if some agents would then be asked oftener than others."""
+    generations = (k + 1) * rounds
+    if k == 0 or generations % k:
+        return 0
+    return generations - k
+
+
+def generations_per_question(k, rounds, stages):
+    """What the progress bar counts up to, for each question."""
+    alone = stages
+    if k == 0:
+        return alone
+    after_first = (k + 1) * rounds - k  # the rounds without the first responses
+    return k + extra_votes(k, rounds) + alone + stages * after_first
+
+
+# ------------------------------------------------------------------------- the run and its models
+
+
+def read_run(run, **options):
+    """The settings of a finished run, changed by `options`; {stage: where its leader is}.
+    ValueError if it is no run, is unfinished, or an option makes no sense."""
     run = Path(run)
     try:
-        config = files.read_json(run / "config.json")
-        trained = {"trained_on": config["dataset"], "trained_columns": data.columns(config)}
-        other = options.get("dataset", config["dataset"]) != config["dataset"]
-        config = {**config, **trained, **data.columns({} if other else config), **options}
-    except (OSError, ValueError, KeyError, TypeError):
+        config = with_later_arguments(runs.read_json(run / "config.json"))
+        config["trained_on"] = config["dataset"]
+        config["trained_columns"] = data.columns(config)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{run} is no run: it has no config.json of train.py") from None
     if not (run / "leader").is_dir():  # what training writes last
         raise ValueError(f"{run} is unfinished: repeat its command with --resume added")
+    if options.get("dataset", config["dataset"]) != config["dataset"]:
+        config |= data.columns({})  # those of the other dataset are among the options
+    config |= options
     if config["rounds"] < 1:
         raise ValueError(f"--rounds must be at least 1, not {config['rounds']}")
+    if "device" in options:
+        config["device"] = agents.choose_device(options["device"])
     stages = {"untrained": config["leader"]}
     if config["sft_steps"]:
         stages["sft"] = str(run / "leader_sft")
     if config["steps"]:
-        stages["mlpo" if agents.team_names(config["agents"]) else "grpo"] = str(run / "leader")
+        trained = "mlpo" if agents.team_names(config["agents"]) else "grpo"
+        stages[trained] = str(run / "leader")
     return config, stages
 
 
-def test_questions(config):
-    """The same questions for every run, less those that this run was trained on."""
-    dataset, trained_on, n = config["dataset"], config["trained_on"], config["eval_questions"]
+def with_later_arguments(config):
+    """With the arguments that runs of older versions lack, as these runs behaved."""
+    sft_alone = max(0.5, config.get("team_dropout", 0.33))
+    return {"plain": False, "sft_alone": sft_alone, **config}
+
+
+def device_here(run, config):
+    """The run's device; if this machine lacks it, its best one, and a line that says so."""
+    try:
+        return agents.choose_device(config["device"])
+    except ValueError:
+        device = agents.choose_device("")
+        missing = f"{run} was trained on {config['device']}, which is not here"
+        print(f"{missing}: evaluated on {device}")
+        return device
+
+
+def drawn_questions(config):
+    """The same questions for every run: a list of {question, answer, task}."""
+    dataset, trained_on = config["dataset"], config["trained_on"]
+    n = config["eval_questions"]
     if n < 1:  # a run may have been left unevaluated
         raise ValueError(f"--eval_questions must be at least 1, not {n}")
     # benchmarks have a test split, and so has what was trained on; a file of one's own is all test
-    own = Path(dataset).exists() and dataset not in ("tiny", "gsm8k", *data.BENCHMARKS, trained_on)
-    split, columns = "all" if own else "test", data.columns(config)
-    tasks = list(data.load_tasks(dataset, split, n, SEED, **columns))
-    n, columns = config["questions"], config["trained_columns"]
-    train = data.load_tasks(trained_on, "train", n, config["seed"], **columns)
-    seen = {data.fingerprint(question) for question in train["question"]}
-    kept = [task for task in tasks if data.fingerprint(task["question"]) not in seen]
+    with_splits = ("tiny", "gsm8k", *data.BENCHMARKS, trained_on)
+    own_file = Path(dataset).exists() and dataset not in with_splits
+    split = "all" if own_file else "test"
+    return list(data.load_tasks(dataset, split, n, SEED, **data.columns(config)))
+
+
+def test_questions(config):
+    """The questions for this run: those drawn, less those that it was trained on."""
+    drawn = drawn_questions(config)
+    seen = set()
+    for question in data.load_tasks(
+        config["trained_on"],
+        "train",
+        config["questions"],
+        config["seed"],
+        **config["trained_columns"],
+    )["question"]:
+        seen.add(data.question_hash(question))
+    kept = [task for task in drawn if data.question_hash(task["question"]) not in seen]
     if not kept:
-        raise ValueError(f"all questions of {dataset} were in training: choose others")
-    if len(kept) < len(tasks):
-        print(f"{len(tasks) - len(kept)} of {len(tasks)} questions were in training: left out")
+        raise ValueError(f"all questions of {config['dataset']} were in training: choose others")
+    if len(kept) < len(drawn):
+        print(f"{len(drawn) - len(kept)} of {len(drawn)} questions were in training: left out")
     return kept
 
 
-def describe(step):
-    """A training step's ((completions, question), rewards) in numbers: means over completions."""
-    scores = [[score_text(c.text, row["answer"]) for c in group] for (group, row), _ in step]
-    everyone = [c for (group, _), _ in step for c in group]
-    return {
-        "reward": fmean(r for _, of_group in step for r in of_group),
-        "accuracy": fmean(right for group in scores for right, _ in group),
-        "format": fmean(formatted for group in scores for _, formatted in group),
-        "length": fmean(len(c.ids) for c in everyone),
-        "truncated": fmean(not c.finished for c in everyone),
-        "entropy": fmean(-sum(c.logprobs) / len(c.ids) for c in everyone),  # per token, estimated
-        "flat": fmean(len({right for right, _ in group}) == 1 for group in scores),
-        "tokens": sum(len(g[0].prompt_ids) + sum(len(c.ids) for c in g) for (g, _), _ in step),
-    }
+def check_same_questions(configs):
+    """ValueError, before anything long starts, if the runs would be tested on other questions."""
+    if len(configs) == 1:
+        return
+    descriptions = set()
+    hashes = set()
+    for config in configs:
+        tasks = drawn_questions(config)
+        descriptions.add(f"{len(tasks)} of {config['dataset']}")
+        hashes.add(data.question_hash(repr(tasks)))
+    if len(hashes) > 1:
+        what = ", ".join(sorted(descriptions))
+        advice = "give all the same --dataset and --eval_questions"
+        raise ValueError(f"the runs have other questions in each ({what}): {advice}")
 
 
-def validate(args, leader, rows):
-    """While it trains: right answers to questions never trained on, alone and with the team."""
-    accuracy, said = {}, [sum(row["responses"], []) for row in rows]  # one of each agent
-    for mode, team in {"alone": [()] * len(rows), "team": said}.items():
-        prompts = [agents.leader_messages(r["question"], texts) for r, texts in zip(rows, team)]
-        if any(team) or mode == "alone":
-            outputs = leader.answer(prompts, 1, 0, args.max_new_tokens)
-            accuracy[mode] = fmean(is_right("leader", r, cs) for r, cs in zip(rows, outputs))
-    return accuracy
+def load_leader(folder, config):
+    """The leader of that folder, on the run's device."""
+    return agents.load_model(folder, config["device"], plain=config.get("plain", False))
 
 
-def load(run, config, leader, questions):
-    """The leader and its team. ValueError if a prompt, with what it quotes, may be too long."""
-    leader, n = agents.load(leader, config["device"]), config["max_new_tokens"]
-    served = lambda name: files.Server(name, Path(run, "server.jsonl"))
-    team = agents.load_team(config["agents"], config["device"], served)
+def load_leader_and_team(run, config, leader, questions):
+    """The leader and its team. ValueError if a prompt, with what it quotes, may be too long, or if
+    its words are unknown to who must read them."""
+    leader = load_leader(leader, config)
+    team = agents.load_team(
+        config["agents"],
+        config["device"],
+        journal=Path(run, "server.jsonl"),
+        plain=config.get("plain", False),
+    )
     quoted = max(2, len(team))  # a leader reads K responses, an agent two texts
-    prompts = [agents.leader_messages(question, [""] * quoted) for question in questions]
-    for speaker in (leader, *team):
-        if not isinstance(speaker, files.Server):  # which says so itself
-            room = getattr(speaker.model.config, "max_position_embeddings", None) or math.inf
-            need = max(len(agents.encode(speaker.tokenizer, p)) for p in prompts) + (quoted + 1) * n
-            if need > room:
-                problem = f"{speaker.name} reads {room} tokens, not {need}"
-                raise ValueError(f"lower --max_new_tokens: {problem}")
+    names = [agent.name for agent in team]
+    names += [""] * (quoted - len(team))
+    prompts = [agents.leader_messages(question, [""] * quoted, names) for question in questions]
+    for model in (leader, *team):
+        if hasattr(model, "tokenizer"):  # others, such as a server, say it themselves
+            # the quoted texts and one's own
+            agents.check_prompts(model, prompts, (quoted + 1) * config["max_new_tokens"])
     return leader, team
 
 
-def ask_team(team, questions, n, seed, how):
-    """Per question n Completions, in which the agents take turns."""
-    torch.manual_seed(seed)
-    k, prompts = len(team), [agents.agent_messages(question) for question in questions]
-    said = [agent.answer(prompts, math.ceil(n / k), **how) for agent in team]  # (K, questions, n/K)
-    return [[said[i % k][q][i // k] for i in range(n)] for q in range(len(questions))]
+def unknown_words(tokenizer, questions):
+    """The share of unknown tokens in all that a leader alone reads."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None:  # bytes or subwords: it has a token for everything
+        return 0.0
+    read = []
+    for question in questions:
+        read += agents.encode(tokenizer, agents.leader_messages(question))
+    return read.count(unknown) / len(read)
 
 
-def ask(runs, question, rounds=1, **options):
+def ask(folders, question, rounds=1, **options):
     """The reader's own question: who says what. Loads the last leader and its team, no more."""
-    if len(runs) > 1 or not question.strip():
+    if len(folders) > 1 or not question.strip():
         raise ValueError("--ask needs a question, and one RUN to answer it")
-    config, stages = open_run(runs[0], **options)
-    leader, team = load(runs[0], config, list(stages.values())[-1], [question])
-    how = {key: config[key] for key in ("temperature", "max_new_tokens")}
-    [[alone]] = leader.answer([agents.leader_messages(question)], **how | {"temperature": 0})
+    [run] = folders
+    config, stages = read_run(run, **options)
+    config["device"] = device_here(run, config)
+    last_leader = list(stages.values())[-1]
+    leader, team = load_leader_and_team(run, config, last_leader, [question])
+    n_tokens = config["max_new_tokens"]
+    prompt = agents.leader_messages(question)
+    [[alone]] = leader.answer([prompt], n=1, temperature=0, max_new_tokens=n_tokens)
     print(f"[the leader alone]\n{alone.text}")
+    if not team:
+        return
     torch.manual_seed(SEED)
-    [turns] = agents.deliberate(leader, team, [question], rounds, **how) if team else [[]]
-    names = [*(agent.name for agent in team), "the leader"]
-    for t, turn in enumerate(turns, start=1):
-        for name, said in zip(names, [*turn.responses, turn.output]):
-            print(f"\n[{name}, round {t}]\n{said.text}")
+    [history] = agents.deliberate(leader, team, [question], rounds, config["temperature"], n_tokens)
+    names = [agent.name for agent in team]
+    for t, round_ in enumerate(history, start=1):
+        for name, response in zip(names, round_.responses):
+            print(f"\n[{name}, round {t}]\n{response.text}")
+        print(f"\n[the leader, round {t}]\n{round_.output.text}")
 
 
-def score(tasks, said, who, name, stage=None, team=False, rounds=0, prompts=None):
+# -------------------------------------------------------------------------- what training looks at
+
+
+def describe_step(groups):
+    """A training step in numbers: means over its completions, shares of its groups, and `tokens`,
+    all that was read and written. groups: objects with G `completions`, G `verdicts` on them
+    (rewards.Verdict) and G `advantages`."""
+    completions = []
+    verdicts = []
+    tokens = 0
+    for group in groups:
+        completions += group.completions
+        verdicts += group.verdicts
+        tokens += len(group.completions[0].prompt_ids)
+    tokens += sum(len(completion.ids) for completion in completions)
+    return {
+        "reward": fmean(verdict.reward for verdict in verdicts),
+        "accuracy": fmean(verdict.right for verdict in verdicts),
+        "format": fmean(verdict.formatted for verdict in verdicts),
+        "length": fmean(len(completion.ids) for completion in completions),
+        "truncated": fmean(not completion.finished for completion in completions),
+        "entropy": fmean(entropy(completion) for completion in completions),
+        # groups from which nothing is learned, and why
+        "no_gradient": fmean(not any(group.advantages) for group in groups),
+        "all_right": fmean(all(v.right for v in group.verdicts) for group in groups),
+        "all_wrong": fmean(not any(v.right for v in group.verdicts) for group in groups),
+        "tokens": tokens,
+    }
+
+
+def entropy(completion):
+    """Per token, estimated from the tokens that were drawn; 0 if there are none."""
+    return -sum(completion.logprobs) / max(1, len(completion.ids))
+
+
+def validate(args, leader, rows):
+    """While it trains: the share of right answers to questions never trained on, alone and with
+    the team. rows: {question, answer, responses: {agent's name: [its text]}}."""
+    alone = []
+    with_team = []
+    for row in rows:
+        names = []
+        texts = []
+        for name, of_agent in row["responses"].items():
+            names += [name] * len(of_agent)
+            texts += of_agent
+        alone.append(agents.leader_messages(row["question"]))
+        with_team.append(agents.leader_messages(row["question"], texts, names))
+    accuracy = {"alone": share_right(args, leader, rows, alone)}
+    if any(row["responses"] for row in rows):
+        accuracy["team"] = share_right(args, leader, rows, with_team)
+    return accuracy
+
+
+def share_right(args, leader, rows, prompts):
+    """How many of the leader's greedy outputs for these prompts are right."""
+    outputs = leader.answer(prompts, n=1, temperature=0, max_new_tokens=args.max_new_tokens)
+    return fmean(is_right("leader", row, said) for row, said in zip(rows, outputs))
+
+
+# ------------------------------------------------------------------------------- rows of results
+
+
+def result_row(tasks, completions, who, name, stage=None, team=False, rounds=0, prompts_read=None):
     """A row of the results: shares from 0 to 1 with 95% intervals, tokens per question.
-    said: per question its Completions, of which the first `prompts` (or all) read a prompt."""
-    correct, by_task = [is_right(who, task, cs) for task, cs in zip(tasks, said)], {}
-    for task, ok in sorted(zip((task["task"] for task in tasks), correct)):
-        by_task.setdefault(task, []).append(ok)
-    row = {"who": who, "name": name, "stage": stage, "team": team, "rounds": rounds}
-    row["label"] = f"{stage} leader, {f'team, T={rounds}' if team else 'alone'}" if stage else name
-    row |= {"generations": len(said[0]), "accuracy": fmean(correct), "ci": wilson(correct)}
-    row["prompt_tokens"] = fmean(sum(len(c.prompt_ids) for c in cs[:prompts]) for cs in said)
-    row["generated_tokens"] = fmean(sum(len(c.ids) for c in cs) for cs in said)
-    row["per_task"] = {task: fmean(oks) for task, oks in by_task.items()}
-    row["per_task_ci"] = {task: wilson(oks) for task, oks in by_task.items()}
-    row["correct"] = "".join("01"[ok] for ok in correct)  # for paired comparisons
-    return row | {"texts": [cs[-1].text for cs in said]}
+
+    completions: per question all that was generated for its answer, of which the first
+    `prompts_read` (by default all) read a prompt. who: agent, majority, any_right or leader.
+    """
+    correct = []
+    read = []
+    written = []
+    for task, said in zip(tasks, completions):
+        correct.append(is_right(who, task, said))
+        read.append(sum(len(completion.prompt_ids) for completion in said[:prompts_read]))
+        written.append(sum(len(completion.ids) for completion in said))
+    of_task = split_by_task(tasks, correct)
+    return {
+        "who": who,
+        "name": name,
+        "stage": stage,
+        "team": team,
+        "rounds": rounds,
+        "label": label_of(name, stage, team, rounds),
+        "generations": len(completions[0]),
+        "accuracy": fmean(correct),
+        "ci": wilson(correct),
+        "prompt_tokens": fmean(read),
+        "generated_tokens": fmean(written),
+        "per_task": {task: fmean(rights) for task, rights in of_task.items()},
+        "per_task_ci": {task: wilson(rights) for task, rights in of_task.items()},
+        "correct": "".join("1" if right else "0" for right in correct),  # to compare in pairs
+        "texts": [said[-1].text for said in completions],
+    }
 
 
-def is_right(who, task, said):
+def split_by_task(tasks, correct):
+    """{task: which of its questions are right}, in alphabetical order."""
+    of_task = {}
+    for task, right in zip(tasks, correct):
+        of_task.setdefault(task["task"], []).append(right)
+    return dict(sorted(of_task.items()))
+
+
+def label_of(name, stage, team, rounds):
+    """What a row is called in tables and pictures."""
+    if not stage:
+        return name
+    if team:
+        return f"{stage} leader, team, T={rounds}"
+    return f"{stage} leader, alone"
+
+
+def is_right(who, task, completions):
     """By any agent's answer; by the majority's; by the leader's last, which is held to its tags."""
-    answers = [extract_agent_answer(completion.text) for completion in said]
+    if who == "leader":
+        answers = [extract_answer(completions[-1].text)]
+    else:
+        answers = [extract_agent_answer(completion.text) for completion in completions]
     if who == "majority":
         answers = [vote(answers, task["question"])]
-    if who == "leader":
-        answers = [extract_answer(said[-1].text)]
     return any(is_correct(answer, task["answer"]) for answer in answers)
 
 
 def vote(answers, seed):
     """One of the most frequent answers; `(B)` and `b.` are votes for the same, None is no vote."""
-    votes = [sum(is_correct(other, answer) for other in answers) for answer in answers]
+    votes = []
+    for answer in answers:
+        votes.append(sum(is_correct(other, answer) for other in answers))
     most = [answer for answer, n in zip(answers, votes) if n == max(votes)]
     return random.Random(f"{SEED} {seed}").choice(most)
 
 
 def wilson(correct, z=1.959964):
     """95% interval of a share, after Wilson: right for few questions and near 0 and 1 as well."""
-    p, n = fmean(correct), len(correct)
-    middle, half = p + z**2 / n / 2, z * math.sqrt(p * (1 - p) / n + z**2 / n**2 / 4)
-    return [round(max(0.0, end / (1 + z**2 / n)), 4) for end in (middle - half, middle + half)]
+    share = fmean(correct)
+    n = len(correct)
+    middle = share + z**2 / n / 2
+    half = z * math.sqrt(share * (1 - share) / n + z**2 / n**2 / 4)
+    low = (middle - half) / (1 + z**2 / n)
+    high = (middle + half) / (1 + z**2 / n)
+    return [round(max(0.0, low), 4), round(max(0.0, high), 4)]
+
+
+# ------------------------------------------------------------------------------------- the gains
+
+
+@dataclass
+class Gain:
+    """In points of accuracy, with half of its 95% interval."""
+
+    points: float
+    half: float
+
+
+def paired_gain(differences):
+    """differences: by question, from -1 to 1. Pairs need fewer questions than two shares would."""
+    half = 196 * pstdev(differences) / math.sqrt(len(differences))
+    return Gain(100 * fmean(differences), half)
 
 
 def comparisons(results):
-    """{what: (gain in points, half of its 95% interval)}, paired: of differences by question."""
-    rows, found = {row["label"]: row for row in results["rows"]}, {}
-    team, stage = [r for r in results["rows"] if r["who"] == "agent"], results["rows"][-1]["stage"]
-    rows["best single agent"] = max(team, key=lambda row: row["accuracy"], default=None)
-    ours, majority = f"{stage} leader, team, T=1", f"majority vote of {len(team)}"
-    pairs = [(ours, x) for x in ("untrained leader, team, T=1", majority, "best single agent")]
-    for a, b in [*pairs, (f"{stage} leader, alone", "untrained leader, alone")]:
-        if a in rows and a != b:  # some have no team, and some no training
-            gains = [int(x) - int(y) for x, y in zip(rows[a]["correct"], rows[b]["correct"])]
-            found[f"{a} - {b}"] = 100 * fmean(gains), 196 * pstdev(gains) / math.sqrt(len(gains))
-    if team and (gap := rows["any agent right"]["accuracy"] - rows[majority]["accuracy"]):
-        closed = tuple(points / gap for points in found[f"{ours} - {majority}"])
-        found["% of the way from the majority to any agent right"] = closed
+    """{what: Gain} within a run: the last leader over what else one could have used."""
+    rows = {row["label"]: row for row in results["rows"]}
+    team = [row for row in results["rows"] if row["who"] == "agent"]
+    last_stage = results["rows"][-1]["stage"]
+    ours = f"{last_stage} leader, team, T=1"
+    majority = f"majority vote of {len(team)}"
+    pairs = []
+    if team:
+        rows["best single agent"] = max(team, key=lambda row: row["accuracy"])
+        for other in ("untrained leader, team, T=1", majority, "best single agent"):
+            pairs.append((ours, other))
+    pairs.append((f"{last_stage} leader, alone", "untrained leader, alone"))
+    found = {}
+    for label, other in pairs:
+        if label != other:  # the same if there was no training
+            differences = []
+            for right, other_right in zip(rows[label]["correct"], rows[other]["correct"]):
+                differences.append(int(right) - int(other_right))
+            found[f"{label} - {other}"] = paired_gain(differences)
+    if team:
+        gap = rows["any agent right"]["accuracy"] - rows[majority]["accuracy"]
+        if gap:
+            gain = found[f"{ours} - {majority}"]
+            closed = Gain(gain.points / gap, gain.half / gap)
+            found["% of the way from the majority to any agent right"] = closed
     return found
 
 
-def print_table(runs):
+@dataclass
+class RunGroup:
+    """Runs that differ in nothing but their seed (and where, and in how much memory, they ran)."""
+
+    name: str  # A, B, ...
+    settings: dict
+    folders: list
+    seeds: list
+    results: list
+
+
+def group_runs(folders, configs, results):
+    """The `RunGroup`s of these runs, in the order in which they are given."""
+    letters = ascii_uppercase + ascii_lowercase
+    groups = []
+    for folder, config, of_run in zip(folders, configs, results):
+        settings = settings_that_count(config)
+        fitting = [group for group in groups if group.settings == settings]
+        if fitting:
+            group = fitting[0]
+        else:
+            group = RunGroup(letters[len(groups)], settings, [], [], [])
+            groups.append(group)
+        group.folders.append(str(folder))
+        group.seeds.append(config["seed"])
+        group.results.append(of_run)
+    return groups
+
+
+def settings_that_count(config):
+    """Those in which two runs must agree to be repetitions of each other."""
+    never = {"seed", *runs.WHERE, *runs.MEMORY_ONLY}
+    settings = {name: value for name, value in config.items() if name not in never}
+    if agents.team_names(config["agents"]):
+        settings["proposals"] = ""  # whoever asked: train.py makes sure that they are this team's
+    return settings
+
+
+def differing_settings(groups):
+    """The names of the settings in which not all groups agree."""
+    names = {}  # a set that keeps its order
+    for group in groups:
+        names.update(dict.fromkeys(group.settings))
+    first = groups[0].settings
+    differing = []
+    for name in names:
+        if any(group.settings.get(name) != first.get(name) for group in groups):
+            differing.append(name)
+    return differing
+
+
+def group_gains(before, after):
+    """{what: Gain of the group `after` over the group `before`}, paired by question; None where
+    not one answer differs. Where both have runs of the same seeds, of these alone."""
+    shared = set(before.seeds) & set(after.seeds)
+    runs_before = runs_of_seeds(before, shared)
+    runs_after = runs_of_seeds(after, shared)
+    questions = set.intersection(*(set(run["question_ids"]) for run in runs_before + runs_after))
+    if not questions:
+        raise ValueError(f"no question was put to all runs of {before.name} and {after.name}")
+    gains = {}
+    for label_before, label_after in comparable_labels(runs_before[0], runs_after[0]):
+        shares_before = share_by_question(runs_before, label_before)
+        shares_after = share_by_question(runs_after, label_after)
+        differences = []
+        for question in sorted(questions):
+            differences.append(shares_after[question] - shares_before[question])
+        what = f"{label_after} - {label_before}"
+        if label_before == label_after:
+            what = label_after
+        gains[what] = paired_gain(differences) if any(differences) else None
+    return gains
+
+
+def runs_of_seeds(group, seeds):
+    """The results of the group's runs with these seeds; of all, if there are no seeds."""
+    found = []
+    for seed, results in zip(group.seeds, group.results):
+        if seed in seeds or not seeds:
+            found.append(results)
+    return found
+
+
+def comparable_labels(before, after):
+    """Pairs of labels: of the rows that both results have, and of the leaders at their best: a team
+    of one run beside the plain GRPO of the other."""
+    labels_after = {neutral_label(row): row["label"] for row in after["rows"]}
+    pairs = []
+    for row in before["rows"]:
+        if neutral_label(row) in labels_after:
+            pairs.append((row["label"], labels_after[neutral_label(row)]))
+    last = (last_of_round_1(before), last_of_round_1(after))
+    if last not in pairs:
+        pairs.append(last)
+    return pairs
+
+
+def neutral_label(row):
+    """The label of a row, whatever the method that trained its leader."""
+    stage = "trained" if row["stage"] in ("mlpo", "grpo") else row["stage"]
+    return label_of(row["name"], stage, row["team"], row["rounds"])
+
+
+def last_of_round_1(results):
+    """The label of the last leader's row after one round: with its team, if it has one."""
+    return [row["label"] for row in results["rows"] if row["rounds"] == 1][-1]
+
+
+def share_by_question(results_of_runs, label):
+    """{question's id: in which share of these runs the row with this label is right}."""
+    bits = {}
+    for results in results_of_runs:
+        [row] = [row for row in results["rows"] if row["label"] == label]
+        for question, bit in zip(results["question_ids"], row["correct"]):
+            bits.setdefault(question, []).append(int(bit))
+    return {question: fmean(of_question) for question, of_question in bits.items()}
+
+
+# ------------------------------------------------------------------------------------- the screen
+
+
+def print_table(results_of_runs):
+    """The table, and the gains within each run; of several runs mean and spread."""
+    print_rows(results_of_runs)
+    print("\nGains in points, with 95% intervals (of several runs: mean ± sd):")
+    gains = {}
+    for results in results_of_runs:
+        for what, gain in comparisons(results).items():
+            gains.setdefault(what, []).append(gain)
+    for what, of_runs in gains.items():
+        points = [gain.points for gain in of_runs]
+        spread = stdev(points) if len(points) > 1 else of_runs[0].half
+        print_gain(what, Gain(fmean(points), spread))
+
+
+def print_gain(what, gain):
+    print(f"{gain.points:+6.1f} ±{gain.half:4.1f}  {what}")
+
+
+LINE = "{:28.27}{:>8}{:>14}{:>7}{:>7}{:>7}"  # label, right, spread, calls, prompt, output
+TASK = "{:>9}"
+
+
+def print_rows(results_of_runs):
     """A line per row: right answers with their 95% interval, of several runs mean and spread."""
-    first, same = runs[0], {}  # what a line is about -> its row in each run
-    for row in (row for results in runs for row in results["rows"]):
-        same.setdefault((row["label"], row["name"]), []).append(row)
+    first = results_of_runs[0]
     tasks = list(first["rows"][0]["per_task"])[:5]  # what fits; results.json has all
     print(f"\n{Path(first['dataset']).name}: {first['questions']} questions,", end=" ")
     print(f"{first['unknown_words']:.1%} of the words unknown (all tasks: results.json)\n")
-    line = "{:28.27}{:>8}{:>14}" + "{:>7}" * 3 + "{:>9}" * len(tasks)
-    heads = ["calls", "prompt", "output", *(task.split("_")[0][:8] for task in tasks)]
-    print(line.format("calls, tokens: per question", "right %", "95% or ± sd", *heads))
+    heads = ["calls, tokens: per question", "right %", "95% or ± sd", "calls", "prompt", "output"]
+    heads += [task.split("_")[0][:8] for task in tasks]
+    line = LINE + TASK * len(tasks)
+    print(line.format(*heads))
+    same = {}  # what a line is about -> its row in each run
+    for results in results_of_runs:
+        for row in results["rows"]:
+            same.setdefault((row["label"], row["name"]), []).append(row)
     for (label, _), rows in same.items():
-        right, (low, high) = [100 * row["accuracy"] for row in rows], rows[0]["ci"]
-        spread = f"±{stdev(right):.1f}" if rows[1:] else f"{100 * low:.1f}-{100 * high:.1f}"
-        costs = [[r["generations"], r["prompt_tokens"], r["generated_tokens"]] for r in rows]
-        shares = [[100 * row["per_task"].get(task, math.nan) for task in tasks] for row in rows]
-        cells = [f"{fmean(column):.0f}" for column in (*zip(*costs), *zip(*shares))]
-        print(line.format(label[-27:], f"{fmean(right):.1f}", spread, *cells))
-    print("\nGains in points, with 95% intervals (of several runs: mean ± sd):")
-    compared = [comparisons(results) for results in runs]
-    for what in dict.fromkeys(what for found in compared for what in found):
-        values, halves = zip(*(found[what] for found in compared if what in found))
-        print(f"{fmean(values):+6.1f} ±{stdev(values) if values[1:] else halves[0]:4.1f}  {what}")
+        print(line.format(label[-27:], *cells_of(rows, tasks)))
 
 
-def transcripts(results, tasks, texts):
-    """A dozen questions, first those on which training changed whether the leader is right."""
-    rows, last = results["rows"], results["rows"][-1]["stage"]
-    leaders = [row for row in rows if row["stage"] in ("untrained", last) and row["rounds"] == 1]
-    before, after = leaders[-2:][0]["correct"], leaders[-1]["correct"]
-    block = lambda text: indent(text, "    ") + "\n"  # shown as it is, whatever is in it
-    page = [f"# Who said what: {results['dataset']}\n"]
-    for i in sorted(range(len(tasks)), key=lambda i: before[i] == after[i])[:12]:
-        page.append(f"## {tasks[i]['task']}\n\n{block(tasks[i]['question'])}")
-        page.append(f"Right answer:\n\n{block(tasks[i]['answer'])}")
-        for row in [row for row in rows if row["who"] == "agent"] + leaders:
-            mark = "right" if row["correct"][i] == "1" else "WRONG"
-            page.append(f"**{row['label']}: {mark}**\n\n{block(texts[row['label']][i])}")
-    return "\n".join(page)
+def cells_of(rows, tasks):
+    """What stands in a line of the table, after its label: of the same row in each run."""
+    right = [100 * row["accuracy"] for row in rows]
+    if len(rows) > 1:
+        spread = f"±{stdev(right):.1f}"
+    else:
+        low, high = rows[0]["ci"]
+        spread = f"{100 * low:.1f}-{100 * high:.1f}"
+    cells = [f"{fmean(right):.1f}", spread]
+    for key in ("generations", "prompt_tokens", "generated_tokens"):
+        cells.append(f"{fmean(row[key] for row in rows):.0f}")
+    for task in tasks:
+        cells.append(f"{fmean(100 * row['per_task'].get(task, math.nan) for row in rows):.0f}")
+    return cells
 
 
-def draw_results(results, path):
-    """A bar per row with its 95% interval; a dashed line where any agent was right."""
-    from matplotlib.figure import Figure  # here: only those who draw need it
-
-    axis, rows = Figure(figsize=(8, 6), layout="constrained").subplots(), results["rows"]
-    places = [i + row["team"] + (row["rounds"] > 1) for i, row in enumerate(rows)]  # with gaps
-    for y, row in zip(places, rows):
-        share, (low, high) = 100 * row["accuracy"], (100 * end for end in row["ci"])
-        if row["who"] == "any_right":
-            axis.axvline(share, color="black", linestyle="--")
-            axis.text(share - 1, y, f"ceiling: {share:.0f}", ha="right", va="center")
-            continue
-        color = "tab:orange" if row["team"] else "tab:blue" if row["stage"] else "tab:gray"
-        axis.barh(y, share, color=color, alpha=0.6)
-        axis.plot((low, high), (y, y), color="black", linewidth=1)
-        axis.text(high + 1, y, f"{share:.0f}", va="center")
-    axis.set_yticks(places, [row["label"] for row in rows])
-    axis.invert_yaxis()
-    title = f"Right answers to {results['questions']} questions of {Path(results['dataset']).name}"
-    axis.set(xlim=(0, 105), title=title, xlabel="%, with 95% intervals")
-    files.write(path, lambda temporary: axis.figure.savefig(temporary, format="png", dpi=150))
+def print_groups(groups):
+    """A table for each group, headed by its settings, then the gains of the others over A."""
+    differing = differing_settings(groups)
+    for group in groups:
+        values = [f"{name}={shown(group.settings.get(name))}" for name in differing]
+        print(f"\n{group.name}: {'; '.join(values)}  ({', '.join(group.folders)})")
+        print_rows(group.results)
+    first, *others = groups
+    for group in others:
+        what = f"Gains of {group.name} over {first.name} in points, paired by question"
+        print(f"\n{what}, with 95% intervals over questions (not over seeds):")
+        same = []
+        for label, gain in group_gains(first, group).items():
+            if gain:
+                print_gain(label, gain)
+            else:
+                same.append(label)
+        if same:
+            print(fill(f"The same in both: {'; '.join(same)}", 100, subsequent_indent="  "))
 
 
-def draw_curves(metrics, path):
-    """The reward of the sampled completions; the accuracy on questions never trained on."""
-    from matplotlib.figure import Figure
-
-    left, right = Figure(figsize=(10, 4), layout="constrained").subplots(1, 2)
-    rewards = [row["reward"] for row in metrics if row["phase"] == "mlpo"]
-    smooth = [fmean(rewards[max(0, i - 5) : i + 6]) for i in range(len(rewards))]
-    left.plot(rewards, color="silver", label="each step")
-    left.plot(smooth, color="black", label="mean of 11 steps")
-    for mode, color in (("alone", "tab:blue"), ("team", "tab:orange")):
-        looks = [row for row in metrics if mode in row]
-        shares, label = [100 * row[mode] for row in looks], f"leader, {mode}" if looks else None
-        right.plot([row["step"] for row in looks], shares, "o-", color=color, label=label)
-    for axis, title in ((left, "Mean reward of samples"), (right, "Validation questions right, %")):
-        axis.set(title=title, xlabel="training step", ylim=(0, None))
-        axis.legend(loc="lower right")
-    files.write(path, lambda temporary: axis.figure.savefig(temporary, format="png", dpi=150))
+def shown(value):
+    """A setting's value as it is written in a heading."""
+    if value is None:
+        return "not set"  # by the version of train.py that made this run
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
+    return str(value) or '""'
 
 
 if __name__ == "__main__":
-    files.run_script(main)
+    runs.run_script(main)

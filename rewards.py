@@ -7,49 +7,75 @@ import functools
 import json
 import os
 import re
-import resource
 import sys
 import threading
-import time
+from dataclasses import dataclass
 from fractions import Fraction
 from subprocess import DEVNULL, PIPE, Popen
 
 FORMAT_BONUS = 0.1  # our choice: far from the 1 for a right answer, but orders groups all wrong
 LONGEST_ANSWER = 2_000  # characters; golds are far shorter, and a longer answer is a wrong one
-LATEX_SECONDS = 2  # for one comparison: 9^{9^{9^9}} outlasts the limits of math-verify itself
+LATEX_SECONDS = 5  # for one comparison: 9^{9^{9^9}} outlasts the limits of math-verify itself
 WORKERS = {}  # by process id: a forked process must not share its parent's pipes
 WORKER_LOCK = threading.Lock()
-visible = lambda text: any(map(str.isprintable, "".join(text.split())))  # anything to see?
+
+
+def is_visible(text):
+    """Is there anything to see?"""
+    return any(character.isprintable() for character in "".join(text.split()))
 
 
 def extract_answer(text):
     """The content of the final `<answer>...</answer>` after the reasoning, or None.
     The same answer twice counts. Two different ones, an empty, nested or unclosed tag do not."""
-    # what follows the last </think>, or all of it; a <think> left open swallows the rest
-    text = text.rpartition("</think>")[2].partition("<think>")[0]
-    pieces = re.split("(</?answer>)", text)  # text, tag, text, tag, ..., text
-    paired = pieces[1::2] == ["<answer>", "</answer>"] * (len(pieces) // 4)
-    answers = {inside.strip() for inside in pieces[2::4]}
-    return answers.pop() if paired and len(answers) == 1 and visible(*answers) else None
+    text = after_reasoning(text)
+    answers = {inside.strip() for inside in TAGGED.findall(text)}
+    rest = TAGGED.sub("", text)
+    if len(answers) != 1 or "<answer>" in rest or "</answer>" in rest:
+        return None
+    answer = answers.pop()
+    return answer if is_visible(answer) else None
+
+
+# one answer in its tags, with no other of these tags inside
+TAGGED = re.compile(r"(?s)<answer>((?:(?!</?answer>).)*)</answer>")
+
+
+def after_reasoning(text):
+    """What follows the last </think>, or all of it; a <think> left open swallows the rest."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def extract_agent_answer(text):
     r"""An agent's answer: in tags, else in its last `\boxed{}`, else its last "the answer is X".
     One that uses our tags is held to them. Not for the leader, which is trained to use them."""
-    text = text.rpartition("</think>")[2].partition("<think>")[0]
+    text = after_reasoning(text)
     if "<answer>" in text:
         return extract_answer(text)
-    # up to the end of the line or sentence, but not to the full stop in 3.5
-    match = re.match(r"(?is).*\bthe (?:\w+ )?answer is\b[\s:]*(.*?)(?:\n|\.(?!\S)|$)", text)
-    said = [a.strip() for a in (last_boxed(text), match[1] if match else "") if visible(a)]
-    return said[0] if said else None
+    boxed = last_boxed(text)
+    if is_visible(boxed):
+        return boxed.strip()
+    stated = STATED.match(text)
+    if stated and is_visible(stated[1]):
+        return stated[1].strip()
+    return None
+
+
+# the last of them, up to the end of the line or sentence, but not to the full stop in 3.5
+STATED = re.compile(r"(?is).*\bthe (?:\w+ )?answer is\b[\s:]*(.*?)(?:\n|\.(?!\S)|$)")
 
 
 def last_boxed(text):
     r"""The content of the last `\boxed{...}`; "" if there is none or it has no end."""
-    inside, depth = text.rpartition("\\boxed{")[2] if "\\boxed{" in text else "", 1
+    if "\\boxed{" not in text:
+        return ""
+    inside = text.rpartition("\\boxed{")[2]
+    depth = 1
     for match in re.finditer(r"\\.|[{}]", inside[:LONGEST_ANSWER]):  # \{ and \} are not braces
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if match[0] == "{":
+            depth += 1
+        elif match[0] == "}":
+            depth -= 1
         if depth == 0:
             return inside[: match.start()]
     return ""
@@ -74,17 +100,24 @@ def is_correct(answer, gold):
     - If it is a number, the answer must be one of the same value (50% is not 50), and no sum.
     - Anything else is compared by math-verify as well, if the gold or the answer is LaTeX.
     More text around it, several answers, or invisible characters are not accepted."""
-    answer, gold = ("" if t is None else " ".join(str(t).split()) for t in (answer, gold))
+    answer = one_line(answer)
+    gold = one_line(gold)
     if answer == gold:
-        return visible(gold)
+        return is_visible(gold)
     if max(len(answer), len(gold)) > LONGEST_ANSWER or not answer.isprintable():
         return False
     latex = re.search(r"[\\^]|_[0-9{]|\$.*\$", answer + "\n" + gold)
-    answer, gold = plain(answer), plain(gold)
+    answer = plain(answer)
+    gold = plain(gold)
     same = value(answer) == value(gold)
     if latex and not same and isinstance(value(gold), list):
         return same_latex(answer, gold)
     return same and value(gold) != []
+
+
+def one_line(text):
+    """As one line of single spaces; None is no text."""
+    return "" if text is None else " ".join(str(text).split())
 
 
 def plain(text):
@@ -109,38 +142,73 @@ def same_latex(answer, gold):
     if SIGNS.findall(answer) != SIGNS.findall(gold) or any(map(NO_FORMULA.search, (answer, gold))):
         return False
     with WORKER_LOCK:
-        worker = WORKERS.pop(os.getpid(), None)
-        if worker is None or worker.poll() is not None:
-            command = [sys.executable, __file__]
-            worker = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True)
-            if worker.stdout.readline() != "ready\n":
-                raise RuntimeError("LaTeX answers need math-verify: pip install math-verify")
-        print(json.dumps([answer, gold]), file=worker.stdin, flush=True)
-        if reply := worker.stdout.readline():  # there is none if its time was up
-            WORKERS[os.getpid()] = worker
+        worker = latex_worker()
+        # ended from outside, which works on every system: it may be deep in one multiplication
+        timer = threading.Timer(LATEX_SECONDS, worker.terminate)
+        timer.start()
+        try:
+            print(json.dumps([answer, gold]), file=worker.stdin, flush=True)
+            reply = worker.stdout.readline()  # "" if its time was up
+        except OSError:  # its time was up before it had read the question
+            reply = ""
+        finally:
+            timer.cancel()
+        if not reply:
+            worker.terminate()
+            worker.communicate()  # waits for it, and closes its pipes
+            del WORKERS[os.getpid()]
     return reply == "True\n"
 
 
-def score(text, gold):
-    """(is it right, is it in the right form): the two parts of the reward. The form is: reasoning,
-    `</think>`, one answer in tags, nothing else. The prompt may have opened the `<think>`."""
+def latex_worker():
+    """The process that compares for this one; a new one if there is none, or if it has ended."""
+    worker = WORKERS.get(os.getpid())
+    if worker is None or worker.poll() is not None:
+        command = [sys.executable, __file__]
+        worker = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, encoding="utf-8")
+        if worker.stdout.readline() != "ready\n":
+            raise RuntimeError("LaTeX answers need math-verify: pip install math-verify")
+        WORKERS[os.getpid()] = worker
+    return worker
+
+
+@dataclass
+class Verdict:
+    """What a rule says of one completion."""
+
+    right: bool
+    formatted: bool
+    reward: float
+
+
+def judge(text, gold):
+    """The `Verdict` on a completion's text: 1 for a right answer, plus FORMAT_BONUS for the right
+    form. The form is: reasoning, `</think>`, one answer in tags, nothing else. The prompt may have
+    opened the `<think>`. For a reward of your own, change this function."""
     answer = extract_answer(text)
+    right = is_correct(answer, gold)
     reasoning, _, rest = text.partition("</think>")
     reasoning = reasoning.strip().removeprefix("<think>")
     inside = rest.strip().removeprefix("<answer>").removesuffix("</answer>").strip()
-    formatted = inside == answer and visible(reasoning) and "<think>" not in reasoning
-    return is_correct(answer, gold), formatted
+    formatted = inside == answer and is_visible(reasoning) and "<think>" not in reasoning
+    return Verdict(right, formatted, right + FORMAT_BONUS * formatted)
 
 
 def reward(completions, answer, **kwargs):
-    """1 for a right answer, plus FORMAT_BONUS for the right form; one number per completion.
-    As TRL's GRPOTrainer calls it: completions are strings or lists of messages, `answer` golds."""
-    texts = [c if isinstance(c, str) else c and c[-1]["content"] for c in completions]
-    scores = [score(text or "", gold) for text, gold in zip(texts, answer, strict=True)]
-    return [right + FORMAT_BONUS * formatted for right, formatted in scores]
+    """The reward of each completion, as TRL's GRPOTrainer calls it: completions are strings or
+    lists of messages, `answer` the right answers."""
+    rewards = []
+    for completion, gold in zip(completions, answer, strict=True):
+        if isinstance(completion, str):
+            text = completion
+        else:
+            text = completion[-1]["content"] if completion else ""
+        rewards.append(judge(text or "", gold).reward)
+    return rewards
 
 
-if __name__ == "__main__":  # the worker: a pair of formulas on a line, a reply on a line
+def compare_formulas():
+    """The worker: a pair of formulas on a line, a reply on a line."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
 
@@ -149,9 +217,12 @@ if __name__ == "__main__":  # the worker: a pair of formulas on a line, a reply 
     target = [LatexExtractionConfig(normalization_config=style)]
     print("ready", flush=True)
     for line in sys.stdin:
-        # then the system ends it, even in a long multiplication; a busy machine changes nothing
-        end = int(time.process_time()) + LATEX_SECONDS
-        resource.setrlimit(resource.RLIMIT_CPU, (end, resource.RLIM_INFINITY))
-        answer, gold = [parse(f"${t}$", target, parsing_timeout=None) for t in json.loads(line)]
+        answer, gold = json.loads(line)
+        answer = parse(f"${answer}$", target, parsing_timeout=None)
+        gold = parse(f"${gold}$", target, parsing_timeout=None)
         # with its default of 6 decimals, 0.0000001 would be 0.0000002
         print(verify(gold, answer, float_rounding=12, timeout_seconds=None), flush=True)
+
+
+if __name__ == "__main__":
+    compare_formulas()

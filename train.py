@@ -4,396 +4,739 @@
     python train.py --agents none --out runs/grpo   # plain GRPO on the leader alone
     torchrun --standalone --nproc_per_node=2 train.py   # several GPUs, or processes
 
-Read `main` first: it is the method. Then the proposals, SFT, the MLPO step, GRPO's functions.
+Read `main` first: it is the method. Then the proposals, the filter, SFT and the MLPO loop; what
+they compute is in grpo.py, sampling.py and agents.py.
 """
 
 import copy
-import math
+import itertools
 import os
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait long for others shall sleep
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # waiting threads sleep soon: see README, speed
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import DynamicCache
-from transformers.hf_argparser import HfArg, HfArgumentParser
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.hf_argparser import HfArgumentParser
 
 import agents
 import evaluate
-import files
+import grpo
+import runs
+import shared_prompt
 from data import columns, load_tasks
-from rewards import extract_agent_answer, is_correct, reward
+from rewards import extract_agent_answer, is_correct, judge
 
-option = lambda default, text: HfArg(default_factory=lambda: default, help=text)
-# bounds of these numbers; by itself a whole number is at least 1, and any other not negative
-LEAST = {"seed": 0, "sft_steps": 0, "steps": 0, "warmup": 0, "group_size": 2, "eval_questions": 0}
-LEAST |= {"temperature": 1e-3, "lr": 1e-12, "sft_lr": 1e-12}
-MOST = {"team_dropout": 1, "backtrack": 1, "easy_share": 1}
+# ----------------------------------------------------------------------------------- arguments
+
+
+def option(default, text):
+    """A field of the arguments with its help text."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": text})
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
-class Arguments:
-    leader: str = option("tiny", "leader: a folder or hub name; tiny is the built-in one")
-    agents: list[str] = option(["tiny"], "folders, hub names, http://server/v1#model; none: GRPO")
+class WhatToTrain:
+    _argument_group_name = "what to train"
+    leader: str = option("tiny", "the leader: a folder or hub name; tiny is the built-in one")
+    agents: list[str] = option(
+        ["tiny"], "folders, hub names, http://server/v1#model, solver.py#Name; none: plain GRPO"
+    )
     dataset: str = option("tiny", "tiny, a .json/.jsonl file, or a benchmark (see data.py)")
     question_column: str = option("", "what the dataset calls it, where it is no usual name")
     answer_column: str = option("", "likewise")
     task_column: str = option("", "likewise; the table counts by task")
     out: str = option("runs/mlpo", "folder of the run")
+    resume: bool = option(False, "go on with the unfinished run in --out")
     seed: int = option(0, "seed of everything random")
-    device: str = option("", "cuda, mps or cpu; by itself the first of them that is there")
-    max_new_tokens: int = option(120, "longest completion, of agents and leader")
-    temperature: float = option(1.0, "sampling temperature of agents and leader")
+
+
+@dataclass
+class Proposals:
+    _argument_group_name = "proposals"
     questions: int = option(1000, "training questions that the team answers beforehand")
     samples: int = option(4, "responses per agent and training question")
     proposals: str = option("", "another run's proposals.jsonl, used in place of new ones")
+    temperature: float = option(1.0, "sampling temperature of agents and leader")
+    max_new_tokens: int = option(120, "longest completion, of agents and leader")
     easy_threshold: float = option(0.75, "a question is easy with this share of right responses")
     easy_share: float = option(0.5, "share of the easy questions kept for MLPO (the paper: 0)")
+
+
+@dataclass
+class Sft:
+    _argument_group_name = "SFT"
     sft_steps: int = option(120, "supervised steps before MLPO; 0 skips them")
     sft_lr: float = option(5e-4, "learning rate of SFT")
     sft_batch: int = option(32, "examples per SFT step")
     backtrack: float = option(0.3, "share of SFT examples that turn back from an error")
+    sft_alone: float = option(
+        0.5, "share of SFT examples without the team: the form is to be learned for both prompts"
+    )
+
+
+@dataclass
+class Mlpo:
+    _argument_group_name = "MLPO"
     steps: int = option(150, "MLPO steps; 0 skips them")
     questions_per_step: int = option(16, "questions per step")
     group_size: int = option(8, "G, completions per question")
-    updates: int = option(1, "gradient steps on each step's completions")
+    updates: int = option(1, "gradient steps on each step's completions; with 1, --clip is idle")
     lr: float = option(1e-4, "learning rate of MLPO; about 1e-6 for models of 0.5B up")
-    warmup: int = option(10, "steps of linear warm-up")
+    warmup: int = option(10, "steps of linear warm-up, of SFT too")
     team_dropout: float = option(0.33, "share of questions asked without the team")
     random_team: bool = option(False, "each prompt's team: some of the agents, in random order")
     train_rounds: int = option(1, "train on this many of the first rounds (the paper: 1)")
     paper: bool = option(False, "the paper's setting of the last three, and of easy_share")
-    clip: float = option(0.2, "epsilon of the clipped probability ratio")
+    clip: float = option(
+        0.2, "epsilon of the clipped ratio; it acts from a batch's second update on (--updates)"
+    )
     kl_coef: float = option(0.0, "weight of the KL to the leader as it was before MLPO")
     scale_rewards: bool = option(False, "divide advantages by the group's standard deviation")
-    tokens_per_batch: int = option(8192, "tokens in one forward pass: lower it if memory ends")
-    checkpointing: bool = option(False, "activations are made twice, not kept: slower, smaller")
-    save_steps: int = option(50, "steps between checkpoints")
-    resume: bool = option(False, "go on with the unfinished run in --out")
+
+
+@dataclass
+class Evaluation:
+    _argument_group_name = "evaluation"
     validate_every: int = option(25, "MLPO steps between looks at the validation questions")
     validation_questions: int = option(100, "how many of them")
     eval_questions: int = option(200, "test questions of the final evaluation; 0 skips it")
     rounds: int = option(5, "T, rounds of leader and team in the final evaluation")
 
 
+@dataclass
+class Machine:
+    _argument_group_name = "machine"
+    device: str = option("", "cuda, mps or cpu; by default the first of them that is there")
+    tokens_per_batch: int = option(8192, "tokens in one forward pass: lower it if memory ends")
+    checkpointing: bool = option(False, "activations are made twice, not kept: slower, smaller")
+    plain: bool = option(False, "without shared_prompt.py: a copy of the prompt per completion")
+    save_steps: int = option(50, "steps between checkpoints")
+
+
+GROUPS = (WhatToTrain, Proposals, Sft, Mlpo, Evaluation, Machine)
+
+
+@dataclass
+class Arguments(Machine, Evaluation, Mlpo, Sft, Proposals, WhatToTrain):
+    """All of them in one object, in the order of --help."""
+
+
 def parse(argv=None):
     """The command line as `Arguments`; a ValueError of one line if something is off."""
-    parser = HfArgumentParser(Arguments, allow_abbrev=False, description=__doc__.split("\n")[0])
-    parser.error = files.fail
+    parser = HfArgumentParser(GROUPS, allow_abbrev=False, description=__doc__.split("\n")[0])
+    parser.error = runs.fail
     args = Arguments(**vars(parser.parse_args(argv)))
-    for name, value in asdict(args).items():
-        least, most = LEAST.get(name, int(type(value) is int)), MOST.get(name, math.inf)
-        if type(value) in (int, float) and not (least <= value <= most and value < math.inf):
-            raise ValueError(f"--{name} must be from {least} to {most}, not {value}")
+    check_numbers(args)
     if args.proposals and not Path(args.proposals).is_file():
         raise ValueError(f"--proposals {args.proposals}: no such file; name a proposals.jsonl")
     if args.paper:  # round 0 of the whole team, in its order, on every hard question
-        args.easy_share, args.team_dropout, args.random_team, args.train_rounds = 0.0, 0.0, False, 1
-    gpu = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps or None
-    args.device = args.device or str(gpu or "cpu")
+        args.easy_share = 0.0
+        args.team_dropout = 0.0
+        args.random_team = False
+        args.train_rounds = 1
+    args.device = agents.choose_device(args.device)
     if not agents.team_names(args.agents):  # plain GRPO: nobody to listen to, or to learn from
-        args.team_dropout, args.sft_steps = 1.0, args.sft_steps if args.proposals else 0
+        args.team_dropout = 1.0
+        args.sft_alone = 1.0
+        if not args.proposals:
+            args.sft_steps = 0
     return args
+
+
+def check_numbers(args):
+    """ValueError, which names the argument, for a number that makes no sense."""
+    may_be_zero = ("seed", "sft_steps", "steps", "warmup", "eval_questions")
+    shares = ("easy_share", "backtrack", "sft_alone", "team_dropout")
+    for name, value in asdict(args).items():
+        if type(value) not in (int, float):
+            continue
+        if name == "group_size":
+            fits, wanted = value >= 2, "at least 2: completions are compared with each other"
+        elif name in may_be_zero:
+            fits, wanted = value >= 0, "at least 0"
+        elif name in shares:
+            fits, wanted = 0 <= value <= 1, "a share, from 0 to 1"
+        elif name in ("temperature", "lr", "sft_lr"):
+            fits, wanted = 0 < value < float("inf"), "more than 0"
+        elif type(value) is int:
+            fits, wanted = value >= 1, "at least 1"
+        else:  # easy_threshold, clip, kl_coef
+            fits, wanted = 0 <= value < float("inf"), "at least 0"
+        if not fits:
+            raise ValueError(f"--{name} {value}: it must be {wanted}")
+
+
+# ---------------------------------------------------------------------------------- the method
 
 
 def main(argv=None):
     """The method: proposals, filter, SFT, MLPO, evaluation."""
     args = parse(argv)
-    files.start_processes(args)
-    run = files.open_run(args.out, asdict(args), args.resume)
+    runs.start_processes(args)
+    run = runs.claim_folder(args.out, asdict(args), asdict(Arguments()), args.resume)
     if not (run / "results.json").exists():  # else it is finished: just its table once more
-        part = lambda name, n: load_tasks(args.dataset, name, n, args.seed, **columns(vars(args)))
-        tasks = list(part("train", args.questions))
-        held = list(part("validation", args.validation_questions))
-        sft_done = (run / "leader_sft").exists()  # a resumed run may be past this phase
-        name = str(run / "leader_sft") if sft_done else args.leader
-        leader, team = evaluate.load(run, vars(args), name, [t["question"] for t in tasks + held])
-        rows = args.proposals and propose(args, args.proposals, team, tasks, args.samples)
-        files.write_json(run / "config.json", asdict(args))  # from here on the folder is this run's
-        rows = rows or propose(args, run / "proposals.jsonl", team, tasks, args.samples)
-        held_out = propose(args, run / "validation.jsonl", team, held, 1)
-        hard, kept = drop_easy(args, rows)
-        write_prompts(args, run, leader, kept)
-        if args.sft_steps and not sft_done:
-            sft(args, run, leader, hard)
-        if not (run / "leader").exists():
-            mlpo(args, run, leader, team, kept, held_out)
-    if files.rank() == 0 and args.eval_questions:
+        train(args, run)
+    if runs.rank() == 0 and args.eval_questions:
         evaluate.print_table([evaluate.measure(run)])
 
 
-def write_prompts(args, run, leader, rows):
-    """The leader's prompts as a dataset for TRL: see the README."""
-    rng, lines = random.Random(args.seed), []
-    for row in rows:
-        texts = pick_responses(rng, row, args).values()
-        prompt = agents.defuse(leader.tokenizer, agents.leader_messages(row["question"], texts))
-        lines.append({"prompt": prompt, "answer": row["answer"], "task": row["task"]})
-    files.write_jsonl(run / "prompts.jsonl", lines)
+def train(args, run):
+    """All phases that are not done yet; leaves `leader_sft/` and `leader/` in the run's folder."""
+    tasks = questions_of(args, "train", args.questions)
+    held_out_tasks = questions_of(args, "validation", args.validation_questions)
+    questions = [task["question"] for task in tasks + held_out_tasks]
+
+    sft_done = (run / "leader_sft").exists()  # a resumed run may be past this phase
+    name = str(run / "leader_sft") if sft_done else args.leader
+    leader, team = evaluate.load_leader_and_team(run, asdict(args), name, questions)
+    grpo.check_logits(leader.model, name)
+
+    if args.proposals:
+        proposals = proposals_of_another_run(args, team, tasks)
+    runs.write_json(run / "config.json", asdict(args))  # from here on the folder is this run's
+    if not args.proposals:
+        proposals = ask_for_proposals(args, run / "proposals.jsonl", team, tasks, args.samples)
+    held_out = ask_for_proposals(args, run / "validation.jsonl", team, held_out_tasks, 1)
+
+    hard, kept = drop_easy(args, proposals)
+    write_prompts(args, run, leader, kept)
+    if args.sft_steps and not sft_done:
+        sft(args, run, leader, hard)
+    if not (run / "leader").exists():
+        mlpo(args, run, leader, team, kept, held_out)
+
+
+def questions_of(args, split, n):
+    """n questions of that split: a list of {question, answer, task}."""
+    return list(load_tasks(args.dataset, split, n, args.seed, **columns(asdict(args))))
 
 
 def seed_everything(*key):
     """Random numbers of (seed, phase, step) alone, so that a resumed run is the same run."""
     rng = random.Random(repr(key))  # the same in all processes; torch's is another one in each
-    torch.manual_seed(rng.getrandbits(62) + files.rank())
+    torch.manual_seed(rng.getrandbits(62) + runs.rank())
     return rng
 
 
-def propose(args, path, team, tasks, n):
-    """Every agent answers every question n times, once and for all: the paper's cached responses.
-    Returns tasks with `responses` (per agent, n texts) and `right`. A killed run goes on here; what
-    another model, prompt or temperature made does not count."""
-    how = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
-    own = path != args.proposals  # another run's file is not ours to repair
-    read = lambda: {(r["agent"], r["question"]): r for r in files.read_jsonl(path, own)}
+# ----------------------------------------------------------------------------------- proposals
+# Every agent answers every training question n times, once and for all: the paper's cached
+# responses. In the file: a row per agent and question. Here: a row per question, with
+# `responses`, {agent's name: n texts}, and `right`, {agent's name: n times True or False}.
+
+
+def ask_for_proposals(args, path, team, tasks, n):
+    """The team's responses to these questions: those that are in the file, and new ones for what
+    is missing. What another model, prompt or temperature made does not count."""
+    cached = read_proposals(path, repair=True)
+    for agent in team:
+        mark = fingerprint_of(args, agent)
+        done = answered(cached, agent.name, mark, n)
+        parts = [tasks[i : i + 250] for i in range(0, len(tasks), 250)]
+        for part in tqdm(runs.share(parts), f"proposals: {agent.name}", leave=False):
+            questions = [task["question"] for task in part]
+            if not done.issuperset(questions):  # then all of it, with the same random numbers
+                seed_everything(args.seed, "propose", agent.name, questions[0])
+                runs.append_jsonl(path, ask(args, agent, mark, questions, n))
+    runs.wait_for_all()
+    names = [agent.name for agent in team]
+    return judge_responses(read_proposals(path, repair=True), names, tasks, n)
+
+
+def proposals_of_another_run(args, team, tasks):
+    """The responses in --proposals. ValueError if they are not this team's, or not enough. Without
+    a team (plain GRPO): those of whoever is in that file."""
+    cached = read_proposals(args.proposals, repair=False)  # it is not ours to repair
+    marks = {agent.name: fingerprint_of(args, agent) for agent in team}
+    if not marks:
+        for name, question in sorted(cached):
+            marks[name] = cached[name, question].get("made_by")
+    for name, mark in marks.items():
+        done = answered(cached, name, mark, args.samples)
+        for task in tasks:
+            if task["question"] not in done:
+                same = "(same model, prompt, --temperature, --max_new_tokens, --dataset, --seed)"
+                missing = f"not {args.samples} responses of {name} {same}"
+                raise ValueError(f"--proposals: {missing} to {task['question'][:50]!r}")
+    return judge_responses(cached, list(marks), tasks, args.samples)
+
+
+def read_proposals(path, repair):
+    """{(agent's name, question): row of the file}."""
     try:
-        cached, speakers = read(), {agent.name: agent for agent in team}
+        return {(row["agent"], row["question"]): row for row in runs.read_jsonl(path, repair)}
     except (KeyError, TypeError):
         raise ValueError(f"{path}: not the proposals.jsonl of a run: agent, question...") from None
-    made_by = {name: agent.fingerprint(**how) for name, agent in speakers.items()}
-    # --agents none with --proposals: whoever is in that file
-    made_by = made_by or {row["agent"]: row.get("made_by") for _, row in sorted(cached.items())}
-    questions = [task["question"] for task in tasks]
-    parts = [questions[i : i + 250] for i in range(0, len(tasks), 250)]
-    for name, mark in made_by.items():
-        fitting = [key for key, row in cached.items() if row.get("made_by") == mark]
-        done = {q for a, q in fitting if a == name and len(cached[a, q]["responses"]) >= n}
-        if not own and (left := [q for q in questions if q not in done]):
-            same = "(same model, prompt, --temperature, --max_new_tokens, --dataset, --seed)"
-            raise ValueError(f"--proposals: not {n} responses of {name} {same} to {left[0][:50]!r}")
-        for part in tqdm(files.share(parts), f"proposals: {name}", leave=False):
-            if not done.issuperset(part):  # then all of it, with the same random numbers again
-                seed_everything(args.seed, "propose", name, part[0])
-                prompts = [agents.agent_messages(question) for question in part]
-                said = speakers[name].answer(prompts, n, **how)
-                rows = [dict(agent=name, made_by=mark, question=q) for q in part]
-                rows = [row | {"responses": [c.text for c in cs]} for row, cs in zip(rows, said)]
-                files.append_jsonl(path, rows)
-    files.wait_for_all()
-    cached, rows = read(), []
+
+
+def fingerprint_of(args, agent):
+    """What its responses depend on; it stands beside each of them as `made_by`."""
+    settings = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
+    return agent.fingerprint(prompt=agents.agent_messages(""), **settings)
+
+
+def answered(cached, name, mark, n):
+    """The questions to which this agent's n responses are there."""
+    done = set()
+    for (agent, question), row in cached.items():
+        if agent == name and row.get("made_by") == mark and len(row["responses"]) >= n:
+            done.add(question)
+    return done
+
+
+def ask(args, agent, mark, questions, n):
+    """Rows for the file: n responses of this agent to each question."""
+    prompts = [agents.agent_messages(question) for question in questions]
+    settings = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
+    rows = []
+    for question, completions in zip(questions, agent.answer(prompts, n=n, **settings)):
+        row = {"agent": agent.name, "made_by": mark, "question": question}
+        row["responses"] = [completion.text for completion in completions]
+        rows.append(row)
+    return rows
+
+
+def judge_responses(cached, names, tasks, n):
+    """The questions with the n responses of each agent, and which of these are right."""
+    rows = []
     for task in tasks:
-        said = [cached[name, task["question"]]["responses"][:n] for name in made_by]
-        right = [[is_correct(extract_agent_answer(t), task["answer"]) for t in ts] for ts in said]
-        rows.append({**task, "responses": said, "right": right})
+        responses = {}
+        right = {}
+        for name in names:
+            texts = cached[name, task["question"]]["responses"][:n]
+            answers = [extract_agent_answer(text) for text in texts]
+            responses[name] = texts
+            right[name] = [is_correct(answer, task["answer"]) for answer in answers]
+        rows.append({**task, "responses": responses, "right": right})
     return rows
 
 
 def drop_easy(args, rows):
     """(hard questions, the same and a share of the easy ones). Easy is what the team answers
     already; MLPO on the hard ones alone may learn what they have in common: see the README."""
-    rng, right = random.Random(args.seed), lambda row: sum(row["right"], [])  # of all agents
-    easy = lambda row: right(row) and fmean(right(row)) >= args.easy_threshold
-    hard = [row for row in rows if not easy(row)]
-    kept = [row for row in rows if not easy(row) or rng.random() < args.easy_share]
-    share = fmean([ok for row in rows for ok in right(row)] or [0])
+    rng = random.Random(args.seed)
+    hard = []
+    kept = []
+    everything = []
+    for row in rows:
+        right = [verdict for of_agent in row["right"].values() for verdict in of_agent]
+        everything += right
+        if right and fmean(right) >= args.easy_threshold:
+            if rng.random() < args.easy_share:
+                kept.append(row)
+        else:
+            hard.append(row)
+            kept.append(row)
+    share = fmean(everything) if everything else 0.0
     print(f"proposals: {share:.0%} right; {len(hard)} of {len(rows)} questions hard for the team")
     if not hard:
         raise ValueError("every question is easy for this team: another --easy_threshold and --out")
     return hard, kept
 
 
-def sft_example(rng, row, args):
-    """Messages, the beginning of an output, and what to say after it: a right response of the team
-    as the leader's own reasoning, at times after a wrong one and a turn back. The wrong part is
-    given, not learned: the leader learns to turn back from errors, not to make them."""
-    said = [list(zip(*agent)) for agent in zip(row["responses"], row["right"])]  # (text, right)
-    team, cached = [rng.choice(pairs) for pairs in said], sum(said, [])
-    team = [] if rng.random() < max(0.5, args.team_dropout) else some_of(rng, team, args)
-    # those in the prompt if there is one, else any; "" if there is none at all
-    fits = lambda pairs, wanted: [text for text, right in pairs if right == wanted]
-    pick = lambda wanted: rng.choice(fits(team, wanted) or fits(cached, wanted) or [""])
-    begin, target, wrong = "<think> ", agents.quote(pick(True)), agents.quote(pick(False))
-    if wrong and rng.random() < args.backtrack:
-        begin, target = f"<think> {wrong} ", f"Wait, that is wrong. {target}"
-    target += f" </think> <answer> {row['answer']} </answer>"
-    return agents.leader_messages(row["question"], [text for text, _ in team]), begin, target
-
-
-def sft(args, run, leader, rows):
-    """Phase 1: supervised steps on the team's own responses. Leaves `leader_sft/`."""
-    rows = [row for row in rows if any(map(any, row["right"]))]
-    if not rows:
-        raise ValueError("SFT needs right responses and there are none: use --sft_steps 0")
-    trainer = files.Trainer(args, run, leader.model, "sft", args.sft_steps, args.sft_lr)
-    encode = lambda text: leader.tokenizer(text, add_special_tokens=False)["input_ids"]
-    for step in trainer.steps():
-        rng, batch, total = seed_everything(args.seed, "sft", step), [], 0.0
-        for row in rng.choices(rows, k=args.sft_batch):
-            messages, begin, target = sft_example(rng, row, args)
-            prompt = agents.encode(leader.tokenizer, messages) + encode(begin)
-            batch.append((prompt, [encode(target) + [leader.tokenizer.eos_token_id]]))
-        tokens = sum(len(target) for _, [target] in batch)  # one denominator for the step
-        for prompts, targets in files.by_tokens(files.share(batch), args.tokens_per_batch):
-            logprobs, mask = completion_logprobs(leader.model, prompts, targets)
-            loss = -(logprobs * mask).sum() / tokens
-            loss.backward()
-            total += loss.item()
-        trainer.log(loss=sum(files.gather([total])), **trainer.update())
-    files.save_leader(run / "leader_sft", leader)
-
-
-def mlpo(args, run, leader, team, rows, held_out):
-    """Phase 2: GRPO on the leader, with the team's cached responses in its prompt."""
-    reference = copy.deepcopy(leader.model).requires_grad_(False) if args.kl_coef else None
-    if reference is not None and args.checkpointing:
-        reference.activation_checkpointing_disable()  # it has no gradient
-    trainer = files.Trainer(args, run, leader.model, "mlpo", args.steps, args.lr)
-    how = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
-    for step in trainer.steps():
-        if step % args.validate_every == 0:
-            trainer.log("validation", **evaluate.validate(args, leader, held_out))
-        rng, began = seed_everything(args.seed, "mlpo", step), time.time()
-        batch = nth_batch(rows, step, args.questions_per_step, args.seed)
-        said = files.share([pick_responses(rng, row, args) for row in batch])
-        rounds = files.share([rng.randrange(args.train_rounds) for _ in batch])
-        batch = files.share(batch)  # of each step's questions every process has its share
-        extra = agents.later_rounds(leader, team, batch, said, rounds, **how)
-        prompts = [agents.leader_messages(r["question"], s.values()) for r, s in zip(batch, said)]
-        groups = leader.answer(prompts, args.group_size, **how)
-        sampled, asked = time.time(), list(zip(groups, batch))  # G completions each
-        rewards = [reward([c.text for c in g], [row["answer"]] * len(g)) for g, row in asked]
-        advantages = group_advantages(torch.tensor(rewards), args.scale_rewards)  # (questions, G)
-        for _ in range(args.updates):
-            stats = policy_gradient(args, leader.model, reference, groups, advantages)
-            stats |= trainer.update()
-        stats |= {"sampling": sampled - began, "training": time.time() - sampled}
-        stats |= evaluate.describe(files.gather(list(zip(asked, rewards))))
-        stats["tokens"] += sum(files.gather([len(c.prompt_ids) + len(c.ids) for c in extra]))
-        trainer.log(**stats, tokens_per_s=stats["tokens"] / (time.time() - began))
-    trainer.log("validation", **evaluate.validate(args, leader, held_out))
-    files.save_leader(run / "leader", leader)
-
-
-def nth_batch(rows, step, size, seed):
-    """The questions of a step: a new order every time round, whatever was drawn before."""
-    order = lambda epoch: random.Random(f"{seed} {epoch}").sample(rows, len(rows))
-    return [order(n // len(rows))[n % len(rows)] for n in range(step * size, (step + 1) * size)]
-
-
 def pick_responses(rng, row, args):
-    """{agent's number: one of its proposals}; or nobody's, so that the leader practises alone."""
+    """{agent's name: one of its proposals}; or nobody's, so that the leader practises alone."""
     if rng.random() < args.team_dropout:
         return {}
-    team = [(k, rng.choice(texts)) for k, texts in enumerate(row["responses"])]
+    team = [(name, rng.choice(texts)) for name, texts in row["responses"].items()]
     return dict(some_of(rng, team, args))
 
 
 def some_of(rng, team, args):
     """--random_team: some of it, in any order: the leader can learn neither who it is nor seats."""
-    return rng.sample(team, rng.randint(1, len(team))) if args.random_team else team
+    if args.random_team:
+        return rng.sample(team, rng.randint(1, len(team)))
+    return team
 
 
-def group_advantages(rewards, scale=False):
-    """A_i = r_i - mean(r) within the group; with `scale`, divided by the group's std. Rewards and
-    advantages: (questions, G). GRPO (arXiv 2402.03300) divides; Dr. GRPO (2503.20783) does not,
-    since that favours questions that are nearly always or nearly never answered."""
-    advantages = rewards - rewards.mean(dim=1, keepdim=True)
-    advantages[(rewards == rewards[:, :1]).all(dim=1)] = 0.0  # exactly: a flat group is skipped
-    return advantages / (rewards.std(dim=1, keepdim=True) + 1e-4) if scale else advantages
+def write_prompts(args, run, leader, rows):
+    """The leader's prompts as a dataset for TRL: see the README."""
+    rng = random.Random(args.seed)
+    lines = []
+    for row in rows:
+        responses = pick_responses(rng, row, args)
+        messages = agents.leader_messages(row["question"], responses.values(), responses)
+        prompt = agents.defuse(leader.tokenizer, messages)
+        lines.append({"prompt": prompt, "answer": row["answer"], "task": row["task"]})
+    runs.write_jsonl(run / "prompts.jsonl", lines)
 
 
-def policy_gradient(args, model, reference, groups, advantages):
-    """Add up the gradient of the loss over the step's completions, some groups at a time."""
-    # a flat group has nothing to compare: only the KL term could still pull on it
-    kept = [(group, a) for group, a in zip(groups, advantages) if a.any() or args.kl_coef]
-    batch = [(g[0].prompt_ids, [c.ids for c in g], [c.logprobs for c in g], a) for g, a in kept]
+# ------------------------------------------------------------------------------ phase 1: SFT
+
+
+@dataclass
+class Example:
+    """One supervised example: token ids of what is given, and of what is to be said after it."""
+
+    prompt: list
+    target: list
+
+
+def sft(args, run, leader, rows):
+    """Supervised steps on the team's own responses. Leaves `leader_sft/`."""
+    rows = [row for row in rows if any(any(right) for right in row["right"].values())]
+    if not rows:
+        raise ValueError("SFT needs right responses and there are none: use --sft_steps 0")
+    optimizer = make_optimizer(args, leader.model, args.sft_lr)
+    phase = runs.Phase(run, "sft", args.sft_steps, args.save_steps, leader.model, optimizer)
+    with phase:
+        for step in phase.steps():
+            rng = seed_everything(args.seed, "sft", step)
+            batch = []
+            for row in rng.choices(rows, k=args.sft_batch):
+                batch.append(encode_example(leader.tokenizer, *sft_example(rng, row, args)))
+            loss = sft_gradient(args, leader.model, batch)
+            rate = learning_rate(step, args.sft_steps, args.sft_lr, args.warmup)
+            norm = gradient_step(leader.model, optimizer, rate)
+            phase.check_gradient(norm)
+            phase.log(loss=loss, grad_norm=norm, lr=rate)
+    runs.save_model(run / "leader_sft", leader)
+
+
+def sft_example(rng, row, args):
+    """Messages, the beginning of an output, and what to say after it: a right response of the team
+    as the leader's own reasoning, at times after a wrong one and a turn back. The wrong part is
+    given, not learned: the leader learns to turn back from errors, not to make them."""
+    cached = []  # (text, is it right) of all that the team said to this question
+    team = []  # one of each agent
+    for name, texts in row["responses"].items():
+        pairs = list(zip(texts, row["right"][name]))
+        cached += pairs
+        team.append((name, rng.choice(pairs)))
+    if rng.random() < args.sft_alone:
+        team = []
+    else:
+        team = some_of(rng, team, args)
+    shown = dict(team)
+
+    right = pick_response(rng, shown.values(), cached, wanted=True)
+    wrong = pick_response(rng, shown.values(), cached, wanted=False)
+
+    begin = "<think> "
+    target = right
+    if wrong and rng.random() < args.backtrack:
+        begin = f"<think> {wrong} "
+        target = f"Wait, that is wrong. {right}"
+    target += f" </think> <answer> {row['answer']} </answer>"
+    texts = [text for text, _ in shown.values()]
+    return agents.leader_messages(row["question"], texts, shown), begin, target
+
+
+def pick_response(rng, shown, cached, wanted):
+    """A right response (or a wrong one): of those in the prompt if there is one, else of all that
+    were cached; "" if there is none at all."""
+    for pairs in (shown, cached):
+        fitting = [text for text, right in pairs if right == wanted]
+        if fitting:
+            return agents.quote(rng.choice(fitting))
+    return rng.choice([""])  # draws a number, like the other cases
+
+
+def encode_example(tokenizer, messages, begin, target):
+    """The text of `sft_example` as token ids, with the end of sequence: it is learned too."""
+    begin_ids = tokenizer(begin, add_special_tokens=False)["input_ids"]
+    target_ids = tokenizer(target, add_special_tokens=False)["input_ids"]
+    prompt = agents.encode(tokenizer, messages) + begin_ids
+    return Example(prompt, target_ids + [tokenizer.eos_token_id])
+
+
+def sft_gradient(args, model, batch):
+    """Add up the gradient of the mean loss per target token, in parts; returns that loss."""
+    tokens = sum(len(example.target) for example in batch)  # one denominator for the step
+    total = 0.0
+    for part in micro_batches(runs.share(batch), args.tokens_per_batch, length_of_example):
+        logprobs, mask = completion_logprobs(
+            args,
+            model,
+            [example.prompt for example in part],
+            [[example.target] for example in part],
+        )
+        loss = -(logprobs * mask).sum() / tokens
+        loss.backward()
+        total += loss.item()
+    return sum(runs.gather([total]))
+
+
+def length_of_example(example):
+    return len(example.prompt) + len(example.target)
+
+
+# ----------------------------------------------------------------------------- phase 2: MLPO
+
+
+@dataclass
+class Group:
+    """One question's G completions of one prompt, which compete with each other."""
+
+    completions: list  # G Completions
+    verdicts: list  # G Verdicts
+    advantages: list  # G numbers
+
+
+def mlpo(args, run, leader, team, rows, held_out):
+    """GRPO on the leader, with the team's cached responses in its prompt. Leaves `leader/`."""
+    policy = leader.model
+    reference = frozen_copy(policy) if args.kl_coef else None
+    optimizer = make_optimizer(args, policy, args.lr)
+    phase = runs.Phase(run, "mlpo", args.steps, args.save_steps, policy, optimizer)
+    batches = question_batches(rows, args.questions_per_step, args.seed, phase.step)
+    with phase:
+        for step, questions in zip(phase.steps(), batches):
+            if step % args.validate_every == 0:
+                phase.log("validation", **evaluate.validate(args, leader, held_out))
+            rng = seed_everything(args.seed, "mlpo", step)
+            clock = Stopwatch()
+
+            questions, responses, refining = choose_responses(args, rng, leader, team, questions)
+            prompts = leader_prompts(questions, responses)
+            completions = leader.answer(prompts, n=args.group_size, **sampling_settings(args))
+            verdicts = judge_groups(questions, completions)
+            rewards = rewards_of(verdicts)  # (questions, G)
+            advantages = grpo.group_advantages(rewards, args.scale_rewards)  # (questions, G)
+            clock.lap("sampling")
+
+            rate = learning_rate(step, args.steps, args.lr, args.warmup)
+            updates = []
+            for _ in range(args.updates):
+                loss = loss_and_gradient(args, policy, reference, completions, advantages)
+                norm = gradient_step(policy, optimizer, rate)
+                phase.check_gradient(norm)
+                updates.append({**loss, "grad_norm": norm})
+            clock.lap("training")
+
+            groups = map(Group, completions, verdicts, advantages.tolist())
+            log_step(phase, list(groups), updates, rate, refining, clock)
+    phase.log("validation", **evaluate.validate(args, leader, held_out))
+    runs.save_model(run / "leader", leader)
+
+
+def question_batches(rows, size, seed, first_step=0):
+    """Endless batches of questions, a new order every epoch. What a step gets depends on its number
+    alone, so that a resumed run goes on with the same questions."""
+    skipped = first_step * size
+    batch = []
+    for epoch in itertools.count(skipped // len(rows)):
+        order = random.Random(f"{seed} {epoch}").sample(rows, len(rows))
+        for row in order[skipped % len(rows) :]:
+            batch.append(row)
+            if len(batch) == size:
+                yield batch
+                batch = []
+        skipped = 0
+
+
+def sampling_settings(args):
+    return {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
+
+
+def choose_responses(args, rng, leader, team, questions):
+    """Of a step's questions this process's share, for each {agent's name: its response} (after some
+    rounds, with --train_rounds), and how many tokens were written in these rounds."""
+    responses = [pick_responses(rng, row, args) for row in questions]
+    rounds = [rng.randrange(args.train_rounds) for _ in questions]
+    questions = runs.share(questions)
+    responses, written = agents.refine(
+        leader,
+        team,
+        [row["question"] for row in questions],
+        runs.share(responses),
+        runs.share(rounds),
+        **sampling_settings(args),
+    )
+    tokens = sum(len(c.prompt_ids) + len(c.ids) for c in written)
+    return questions, responses, tokens
+
+
+def leader_prompts(questions, responses):
+    """What the leader reads: a question and the agents' responses to it."""
+    prompts = []
+    for row, said in zip(questions, responses):
+        prompts.append(agents.leader_messages(row["question"], said.values(), said))
+    return prompts
+
+
+def judge_groups(questions, completions):
+    """For each question the verdicts on its G completions."""
+    verdicts = []
+    for row, group in zip(questions, completions):
+        verdicts.append([judge(completion.text, row["answer"]) for completion in group])
+    return verdicts
+
+
+def rewards_of(verdicts):
+    """(questions, G)."""
+    rewards = []
+    for group in verdicts:
+        rewards.append([verdict.reward for verdict in group])
+    return torch.tensor(rewards, dtype=torch.float32)
+
+
+def loss_and_gradient(args, policy, reference, completions, advantages):
+    """Add up the gradient of grpo.grpo_loss over the step's completions, some groups at a time.
+    completions: per question G `Completion`s; advantages: (questions, G). Returns the loss and, per
+    token, the KL and the share that was clipped."""
+    groups = []
+    for group, of_group in zip(completions, advantages):
+        # a flat group has nothing to compare: only the KL term could still pull on it
+        if of_group.any() or args.kl_coef:
+            groups.append(Group(group, [], of_group))
     # one denominator for the step, however it is cut, and whichever process has a share of it
     normalizer = args.questions_per_step * args.group_size * args.max_new_tokens
-    sums = torch.zeros(4)  # loss; number of clipped tokens, sum of their KL, number of tokens
-    repeated = model.is_activation_checkpointing
-    for prompts, completions, old, a in files.by_tokens(batch, args.tokens_per_batch, repeated):
-        logprobs, mask = completion_logprobs(model, prompts, completions, args.temperature)
-        old = pad_sequence([torch.tensor(x) for x in sum(old, [])], batch_first=True).to(logprobs)
-        a, ref = torch.cat(a).to(logprobs), logprobs.detach()  # (completions,); (completions, R)
-        if reference is not None:
-            ref, _ = completion_logprobs(reference, prompts, completions, args.temperature)
-        loss = grpo_loss(logprobs, old, a, mask, args.clip, ref, args.kl_coef, normalizer)
+    sums = {"loss": 0.0, "clipped": 0.0, "kl": 0.0, "tokens": 0.0}
+    for part in micro_batches(groups, args.tokens_per_batch, length_of_group(args)):
+        loss, counts = part_loss(args, policy, reference, part, normalizer)
         loss.backward()
-        clipped = ((logprobs - old).exp() - 1).abs() > args.clip
-        counts = [(x * mask).sum() for x in (clipped, k3(logprobs, ref), mask)]
-        sums += torch.stack([loss, *counts]).detach().cpu()
-    loss, clipped, kl, tokens = torch.tensor(files.gather([sums.tolist()])).sum(0).tolist()
-    return {"loss": loss, "kl": kl / max(1, tokens), "clipped": clipped / max(1, tokens)}
+        for name, value in counts.items():
+            sums[name] += value
+    gathered = runs.gather([sums])
+    sums = {name: sum(of_process[name] for of_process in gathered) for name in sums}
+    tokens = max(1.0, sums["tokens"])
+    return {"loss": sums["loss"], "kl": sums["kl"] / tokens, "clipped": sums["clipped"] / tokens}
 
 
-def completion_logprobs(model, prompts, completions, temperature=1.0):
-    """log pi(token | prompt, completion so far) of every completion token, with gradient, and the
-    mask of these tokens, the end of sequence included: (B * G, R) each. prompts: B lists of token
-    ids; completions: B lists of G lists. A prompt is run once (but with checkpointing: G times) and
-    its G completions share its keys and values: P + G R tokens instead of G (P + R); gradients flow
-    back through the cache. Completions of like length are run together: little is padding."""
-    device, g = model.device, len(completions[0])
-    # the prompt's last token predicts the completion's first: it is run with the completion; and so
-    # is all of the prompt with checkpointing, which works in training mode and without a cache
-    cut = 0 if model.is_activation_checkpointing else -1
-    model.train(cut == 0)
-    heads, seen = agents.pad([p[:cut] for p in prompts], device, "left")  # (B, P - 1) each
-    inputs = [p[cut:] + c[:-1] for p, group in zip(prompts, completions) for c in group]
-    targets, mask = agents.pad([c for group in completions for c in group], device, "right")
-    logprobs = torch.zeros(mask.shape, device=device)
-    left = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
-    with agents.autocast(model):
-        kv, t = DynamicCache(), (seen.cumsum(1) - 1).clamp(min=0)  # t: (B, P - 1)
-        if seen.any():
-            model.base_model(heads, attention_mask=seen, position_ids=t, past_key_values=kv)
-        while left:
-            part = [i for i in left if len(inputs[i]) >= 0.7 * len(inputs[left[0]])]
-            left, rows = left[len(part) :], torch.tensor(part, device=device)
-            ids, own = agents.pad([inputs[i] for i in part], device, "right")  # (rows, R') each
-            b = rows // g  # (rows,), their prompts; the backward of x[b] would add in any order
-            shared = [(x.keys.index_select(0, b), x.values.index_select(0, b)) for x in kv.layers]
-            shared = DynamicCache(shared) if shared else None  # the list would hold memory
-            whole = torch.cat([seen[b], own], dim=1)  # (rows, P - 1 + R')
-            read = dict(attention_mask=whole, position_ids=whole.cumsum(1)[:, -own.shape[1] :] - 1)
-            hidden = model.base_model(ids, past_key_values=shared, use_cache=cut < 0, **read)[0]
-            row, k = mask[rows].nonzero(as_tuple=True)  # the tokens of completions: (tokens,) each
-            place, t = (rows[row], k), k + (own.sum(1) - mask[rows].sum(1))[row]
-            logprobs[place] = token_logprobs(model, hidden[row, t], targets[place], temperature)
-    model.eval()
-    return logprobs, mask
+def part_loss(args, policy, reference, groups, normalizer):
+    """The loss of these groups, with gradient, and what is counted: sums over their tokens."""
+    prompts = [group.completions[0].prompt_ids for group in groups]
+    completions = []
+    old_logprobs = []
+    for group in groups:
+        completions.append([c.ids for c in group.completions])
+        old_logprobs += [torch.tensor(c.logprobs) for c in group.completions]
+    logprobs, mask = completion_logprobs(args, policy, prompts, completions, args.temperature)
+    old_logprobs = pad_sequence(old_logprobs, batch_first=True).to(logprobs)  # (completions, R)
+    advantages = torch.cat([group.advantages for group in groups]).to(logprobs)  # (completions,)
+    reference_logprobs = logprobs.detach()
+    if reference is not None:
+        with torch.no_grad():
+            reference_logprobs, _ = completion_logprobs(
+                args, reference, prompts, completions, args.temperature
+            )
+    loss = grpo.grpo_loss(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        args.clip,
+        reference_logprobs,
+        args.kl_coef,
+        normalizer,
+    )
+    with torch.no_grad():
+        outside = ((logprobs - old_logprobs).exp() - 1).abs() > args.clip
+        kl = grpo.k3(logprobs, reference_logprobs)
+        counts = {
+            "loss": loss.item(),
+            "clipped": (outside * mask).sum().item(),
+            "kl": (kl * mask).sum().item(),
+            "tokens": mask.sum().item(),
+        }
+    return loss, counts
 
 
-def token_logprobs(model, hidden, targets, temperature, chunk=1024):
-    """log softmax(logits / T)[target]: (tokens,) in float32. Logits, not weights, are what fills
-    the memory of a small model: they are made in chunks, and again for the backward pass."""
-    head = copy.copy(model)  # its own forward makes the logits: some models scale or cap them
-
-    def some(hidden, targets):
-        body = lambda *_, **__: MoeModelOutputWithPast(hidden[None])
-        head._modules = {**model._modules, model.base_model_prefix: body}
-        with agents.autocast(model):
-            logits = head(targets[None]).logits[0].float()
-        return torch.log_softmax(logits / temperature, -1).gather(1, targets[:, None])[:, 0]
-
-    parts = zip(hidden.split(chunk), targets.split(chunk))
-    return torch.cat([checkpoint(some, h, t, use_reentrant=False) for h, t in parts])
+def completion_logprobs(args, model, prompts, completions, temperature=1.0):
+    """The plain way (grpo.py) or the fast one (shared_prompt.py). The fast one needs the cache that
+    activation checkpointing switches off."""
+    plain = args.plain or args.checkpointing
+    way = grpo if plain else shared_prompt
+    return way.completion_logprobs(model, prompts, completions, temperature)
 
 
-def k3(logprobs, ref):
-    """KL(policy || reference) per token, unbiased and never negative (Schulman's estimator k3)."""
-    d = ref - logprobs
-    return d.exp() - d - 1
+def length_of_group(args):
+    """A function: how many tokens a group's forward pass has."""
+    copies = args.group_size if args.plain or args.checkpointing else 1  # of the prompt
+
+    def length(group):
+        written = sum(len(c.ids) for c in group.completions)
+        return copies * len(group.completions[0].prompt_ids) + written
+
+    return length
 
 
-def grpo_loss(logprobs, old, advantages, mask, clip=0.2, ref=None, kl_coef=0.0, normalizer=None):
-    """-1/Z sum_i sum_t [min(ratio A_i, clip(ratio, 1 - eps, 1 + eps) A_i) - kl_coef k3], a scalar.
-    logprobs, old (from sampling; ratio = new / old), ref (the reference's) and mask: (completions,
-    tokens); advantages: (completions,). Z, the normalizer, is a constant, completions x longest
-    possible completion (Dr. GRPO); by itself the size of the mask."""
-    ratio, a = (logprobs - old).exp(), advantages[:, None]
-    gain = torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
-    if kl_coef:
-        gain = gain - kl_coef * k3(logprobs, ref)
-    return -(gain * mask).sum() / (normalizer or mask.numel())
+def micro_batches(items, budget, length):
+    """Parts of like length, of up to `budget` tokens with their padding (or of one item)."""
+    left = sorted(items, key=length)
+    while left:
+        size = 1
+        while size < len(left) and (size + 1) * length(left[size]) <= budget:
+            size += 1
+        yield left[:size]
+        left = left[size:]
+
+
+# --------------------------------------------------------------------------- the gradient step
+
+
+def make_optimizer(args, model, lr):
+    """AdamW on all weights. With --checkpointing, activations are made anew in the backward pass,
+    for which transformers wants training mode, and so there must be no dropout."""
+    if args.checkpointing:
+        model.activation_checkpointing_enable()
+        for name, value in model.config.to_dict().items():
+            if "drop" in name and value:
+                raise ValueError(f"--checkpointing trains without dropout: {name} must be 0")
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+
+
+def learning_rate(step, steps, peak, warmup):
+    """It rises to its peak in the warm-up, and falls to 0 in the second half."""
+    warm = (step + 1) / (warmup + 1)
+    left = 1 - step / steps
+    return peak * min(1, warm, 2 * left)
+
+
+def gradient_step(model, optimizer, rate):
+    """One AdamW step on the gradient added up so far, clipped at norm 1. Returns its norm; where it
+    is not finite, the step is skipped."""
+    runs.add_up_gradients(model)
+    optimizer.param_groups[0]["lr"] = rate
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    # at 0 nothing was learned, and AdamW's momentum shall not go on alone
+    if norm.isfinite() and norm > 0:
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm.item()
+
+
+def frozen_copy(model):
+    """The leader as it is now: the reference of the KL term."""
+    reference = copy.deepcopy(model).requires_grad_(False)
+    if reference.is_activation_checkpointing:
+        reference.activation_checkpointing_disable()  # it has no gradient
+    return reference
+
+
+# ------------------------------------------------------------------------------------- the log
+
+
+class Stopwatch:
+    """Seconds of each part of a step."""
+
+    def __init__(self):
+        self.laps = {}
+        self.began = self.last = time.time()
+
+    def lap(self, name):
+        now = time.time()
+        self.laps[name] = now - self.last
+        self.last = now
+
+
+def log_step(phase, groups, updates, rate, refining, clock):
+    """A row of metrics.jsonl. `updates`: loss, kl, clipped and grad_norm of each gradient step, of
+    which the mean is logged; `refining`: tokens written in further rounds."""
+    means = {name: fmean(update[name] for update in updates) for name in updates[0]}
+    numbers = evaluate.describe_step(runs.gather(groups))
+    numbers["tokens"] += sum(runs.gather([refining]))
+    speed = numbers["tokens"] / (time.time() - clock.began)
+    phase.log(**means, lr=rate, **clock.laps, **numbers, tokens_per_s=speed)
 
 
 if __name__ == "__main__":
-    files.run_script(main)
+    runs.run_script(main)

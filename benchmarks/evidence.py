@@ -38,9 +38,10 @@ from evidence_report import report
 import agents
 import data
 import evaluate
-import files
+import runs
+import sampling
+import shared_prompt
 import tiny
-import train
 from rewards import extract_agent_answer, extract_answer, is_correct
 
 SEEDS = range(10, 15)  # fresh: 0 to 7 were used while the method was being built
@@ -96,9 +97,19 @@ def plan(args):
     """What is done, as parts of units (function, its arguments). The units of a part can be done
     at the same time; the next part builds on them."""
     seeds, first, brief = args.seed_list, "alone three:5", "alone three:1"
-    each = lambda *units: [(f, what, seed, *more) for seed in seeds for f, what, *more in units]
-    look = lambda looks, *names: [(look_at, name, looks) for name in names]
-    said = lambda which, *names: [(say, which, name) for name in names]
+
+    def each(*units):
+        in_turns = []
+        for seed in seeds:
+            in_turns += [(function, what, seed, *more) for function, what, *more in units]
+        return in_turns
+
+    def look(looks, *names):
+        return [(look_at, name, looks) for name in names]
+
+    def said(which, *names):
+        return [(say, which, name) for name in names]
+
     three, others = agents.team_names(["tiny"]), [f"{args.work}/{name}" for name in MORE_AGENTS]
     pickers = ("judge", "picker", "picker_random")
     parts = [
@@ -146,8 +157,11 @@ def plan(args):
             each(*look(brief, "half_untrained", "half_sft", "blank_sft")),
         ]
     always = (say, make_agent, make_leader, write_finals, write_three_tasks)  # others need these
-    kept = lambda unit: not args.only or unit[0] in always or unit[1] in args.only
-    return [[unit for unit in part if kept(unit)] for part in parts]
+
+    def kept(unit):
+        return not args.only or unit[0] in always or unit[1] in args.only
+
+    return [list(filter(kept, part)) for part in parts]
 
 
 def main(argv=None):
@@ -172,22 +186,22 @@ def main(argv=None):
     args.seed_list = list(range(SEEDS[0], SEEDS[0] + (2 if args.quick else args.seeds)))
     for folder in (Path(args.work), path.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    rows = {row["key"]: row for row in files.read_jsonl(path)}
+    rows = {row["key"]: row for row in runs.read_jsonl(path)}
     size = {k: getattr(args, k) for k in ("steps", "sft_steps", "questions", "train_questions")}
     if not args.report:
         made = Path(args.work) / "size.jsonl"  # of what was trained and said there
-        known = files.read_jsonl(made)
+        known = runs.read_jsonl(made)
         if rows and not known:
             raise ValueError(
                 f"{path} holds rows, {args.work} no leaders: --report, or another --out"
             )
         if any(other != size for other in [*known, *(row["size"] for row in rows.values())]):
             raise ValueError(f"{path} holds rows of other --steps or --questions: another --out")
-        files.write_jsonl(made, [size])
+        runs.write_jsonl(made, [size])
     for part in [] if args.report else plan(args):
         for new in at_the_same_time(args, rows, part):
             new = [{**row, "size": size} for row in new if row["key"] not in rows]
-            files.append_jsonl(path, new)  # here alone: workers read and write no rows
+            runs.append_jsonl(path, new)  # here alone: workers read and write no rows
             rows |= {row["key"]: row for row in new}
             for row in new:
                 print(f"{row['key']:40} {100 * row.get('accuracy', math.nan):5.1f}", flush=True)
@@ -195,7 +209,8 @@ def main(argv=None):
     report(rows, args.out)
 
 
-rows_path = lambda out: Path(out) / "benchmarks" / "evidence.jsonl"
+def rows_path(out):
+    return Path(out) / "benchmarks" / "evidence.jsonl"
 
 
 def at_the_same_time(args, rows, units):
@@ -249,14 +264,14 @@ def trained(variant, seed, told, out):
         if process.returncode:
             last = Path(f"{out}.log").read_text().strip().splitlines()[-1]
             raise ValueError(f"{out}.log: {last}")
-        steps = [r for r in files.read_jsonl(out / "metrics.jsonl") if r["phase"] == "mlpo"]
+        steps = [r for r in runs.read_jsonl(out / "metrics.jsonl") if r["phase"] == "mlpo"]
         row = {"key": f"{variant}/{seed}/training", "variant": variant, "seed": seed}
         row |= {"mode": "training", "steps": len(steps), "tokens": sum(r["tokens"] for r in steps)}
         row |= {"seconds": round(sum(r["sampling"] + r["training"] for r in steps), 1)}
         wall = None if old else round(time.time() - began, 1)  # else not all of it was now
         row |= {"wall_seconds": wall, "peak_mb": peak_mb(usage)}
-        files.write_json(saved, row | {"command": f"python train.py {' '.join(told)}"})
-    return files.read_json(saved)
+        runs.write_json(saved, row | {"command": f"python train.py {' '.join(told)}"})
+    return runs.read_json(saved)
 
 
 def peak_mb(usage=None):
@@ -267,9 +282,9 @@ def peak_mb(usage=None):
 
 def write_finals(args, rows, _, seed):
     """The proposals of the seed, cut to their final sentence."""
-    rows = files.read_jsonl(f"{args.work}/sft-{seed}/proposals.jsonl")
+    rows = runs.read_jsonl(f"{args.work}/sft-{seed}/proposals.jsonl")
     rows = [{**row, "responses": [cut(text) for text in row["responses"]]} for row in rows]
-    files.write_jsonl(f"{args.work}/finals-{seed}.jsonl", rows)
+    runs.write_jsonl(f"{args.work}/finals-{seed}.jsonl", rows)
 
 
 def cut(text):
@@ -280,24 +295,24 @@ def write_three_tasks(args, rows, _, seed):
     """Training puzzles of three of the five tasks; train.py takes 70% of a file for training."""
     rows = tiny.puzzles("train", 5 * args.train_questions // 2, seed)
     seen = ("boolean_expressions", "object_counting", "dyck_languages")
-    files.write_jsonl(f"{args.work}/three-{seed}.jsonl", [r for r in rows if r["task"] in seen])
+    runs.write_jsonl(f"{args.work}/three-{seed}.jsonl", [r for r in rows if r["task"] in seen])
 
 
 def make_agent(args, rows, name):
     """An agent with other misconceptions, taught like the others, from the first one's weights."""
-    folder, agent = Path(args.work) / name, agents.load("tiny/agent1")
+    folder, agent = Path(args.work) / name, agents.load_model("tiny/agent1")
     if not folder.exists():
         torch.manual_seed(0)
         make.AGENTS[name] = MORE_AGENTS[name]
         work = Path(args.work) / "making"
         work.mkdir(exist_ok=True)
         make.study(name, agent.model, agent.tokenizer, work, min(400, 5 * args.steps), decay=0.6)
-        files.save_leader(folder, agent)
+        runs.save_model(folder, agent)
 
 
 def make_leader(args, rows, name):
     """`half`: half as wide as the built-in leader, and less practised; `blank`: random weights."""
-    folder, usual = Path(args.work) / name, agents.load("tiny")
+    folder, usual = Path(args.work) / name, agents.load_model("tiny")
     if not folder.exists():
         torch.manual_seed(0)
         config = usual.model.config
@@ -309,7 +324,7 @@ def make_leader(args, rows, name):
             work.mkdir(exist_ok=True, parents=True)
             steps = min(600, 8 * args.steps)
             make.study("leader", usual.model, usual.tokenizer, work, steps, decay=0.6)
-        files.save_leader(folder, usual)
+        runs.save_model(folder, usual)
 
 
 # ------------------------------------------------------------------------- what everyone is asked
@@ -332,14 +347,14 @@ def say(args, rows, which, name):
     """An agent's first responses to the test questions, sampled once for everybody."""
     path = Path(args.work) / f"said-{which}-{Path(name).name}.json"
     if not path.exists():
-        tasks, agent = tasks_of(args, which), agents.load(name)
+        tasks, agent = tasks_of(args, which), agents.load_model(name)
         prompts = [agents.agent_messages(task["question"]) for task in tasks]
         torch.manual_seed(SEED)
         began = time.time()
         said = agent.answer(prompts, SAMPLES[which], max_new_tokens=LONGEST)
         seconds = (time.time() - began) / len(tasks) / SAMPLES[which]
         lengths = [[[c.text, len(c.ids), len(c.prompt_ids)] for c in group] for group in said]
-        files.write_json(path, {"seconds": seconds, "said": lengths})
+        runs.write_json(path, {"seconds": seconds, "said": lengths})
     tasks = [task["task"] for task in tasks_of(args, which)]
     row = {"variant": which, "seed": None, "mode": "tasks", "tasks": tasks}
     return [row | {"key": f"{which}/tasks"}]
@@ -348,7 +363,10 @@ def say(args, rows, which, name):
 def team_of(args, team):
     """`three`, the built-in agents; `finals`, their answers only; `shuffled`, in an order that
     changes from question to question; `same`, one of them three times; `unseen`; `K1` to `K6`."""
-    agent = lambda k: f"tiny/agent{k}" if k <= 3 else f"{args.work}/agent{k}"
+
+    def agent(k):
+        return f"tiny/agent{k}" if k <= 3 else f"{args.work}/agent{k}"
+
     known = {"same": (3, 3, 3), "unseen": (4, 5, 6)}
     known |= dict.fromkeys(("three", "finals", "shuffled"), (1, 2, 3))
     return [agent(k) for k in known.get(team) or range(1, int(team[1:]) + 1)]
@@ -359,13 +377,13 @@ def first_responses(args, team, which, seed, n=0):
     Each seed begins with another sample of those that `say` has made."""
     names = team_of(args, team)
     paths = [Path(args.work) / f"said-{which}-{Path(name).name}.json" for name in names]
-    cached, out, seconds = [files.read_json(path) for path in paths], [], 0.0
+    cached, out, seconds = [runs.read_json(path) for path in paths], [], 0.0
     for i in range(n or len(names)):
         j, turn = i % len(names), i // len(names)
         twin = names[:j].count(names[j])  # the same model twice: another of its samples
         said = [group[(seed + 5 * twin + turn) % len(group)] for group in cached[j]["said"]]
         shown = cut if team == "finals" else str
-        out.append([agents.Completion(shown(t), [0] * a, [], True, [0] * b) for t, a, b in said])
+        out.append([sampling.Completion(shown(t), [0] * a, [], True, [0] * b) for t, a, b in said])
         seconds += cached[j]["seconds"]
     said, rng = list(zip(*out)), random.Random(seed)
     if team == "shuffled":
@@ -390,13 +408,16 @@ def new_row(variant, seed, mode, said, right, seconds, prompts=None, **more):
 def look_at(args, rows, variant, seed, looks):
     """Train a leader, then measure it: `alone`, and leading a team (`three:5`: for 1 to 5 rounds);
     `bbh/alone`: on the official files; `fresh/alone`: on other test questions."""
-    last = lambda look: f"{variant}/{seed}/{look}"  # the mode of what is measured last
+
+    def last(look):  # the mode of what is measured last
+        return f"{variant}/{seed}/{look}"
+
     looks = [look for look in looks.split() if last(look) not in rows]
     found = find_leader(args, rows, variant, seed) if looks else None
     if not found:
         return []
     folder, new = found
-    leader, how = agents.load(str(folder)), {"command": new[0]["command"]} if new else {}
+    leader, how = agents.load_model(str(folder)), {"command": new[0]["command"]} if new else {}
     for look in looks:
         which, _, how_led = look.rpartition("/")
         which, (team, _, rounds) = which or "tiny", how_led.partition(":")
@@ -444,7 +465,7 @@ def find_leader(args, rows, variant, seed):
 def lead(args, leader, team, which, seed, rounds):
     """For T = 1, 2, ...: (what was written, per question; seconds per question)."""
     first, seconds = first_responses(args, team, which, seed)
-    speakers = [agents.load(x) for x in team_of(args, team)] if rounds > 1 else []
+    speakers = [agents.load_model(x) for x in team_of(args, team)] if rounds > 1 else []
     clock, questions = [], [task["question"] for task in tasks_of(args, which)]
     for speaker in (leader, *speakers):
         speaker.answer = timed(type(speaker).answer.__get__(speaker), clock)
@@ -524,9 +545,9 @@ def preferences(leader, question, texts):
     """Each response's mean log-probability as the leader's own output, (K,), where the prompt holds
     all of them; and the token ids of prompt and outputs."""
     prompt = agents.encode(leader.tokenizer, agents.leader_messages(question, texts))
-    encode = lambda text: leader.tokenizer(text, add_special_tokens=False)["input_ids"]
-    outputs = [encode(as_output(text)) for text in texts]
-    logprobs, mask = train.completion_logprobs(leader.model, [prompt], [outputs])
+    written = [as_output(text) for text in texts]
+    outputs = leader.tokenizer(written, add_special_tokens=False)["input_ids"]
+    logprobs, mask = shared_prompt.completion_logprobs(leader.model, [prompt], [outputs])
     return (logprobs * mask).sum(1) / mask.sum(1), prompt + sum(outputs, [])
 
 
@@ -534,7 +555,7 @@ def pick(args, rows, variant, seed, teams):
     """Leaders that write nothing: the response that they find likeliest is their answer. `judge` is
     the untrained one, the others are trained to pick."""
     teams = [team for team in teams.split() if f"{variant}/{seed}/{team}:picks" not in rows]
-    leader, new = agents.load("tiny"), []
+    leader, new = agents.load_model("tiny"), []
     if teams and variant != "judge":
         leader, cost = train_to_pick(args, variant, seed)
         new.append(cost)
@@ -545,7 +566,7 @@ def pick(args, rows, variant, seed, teams):
             with torch.no_grad():
                 scores, read = preferences(leader, task["question"], [c.text for c in cs])
             right.append(evaluate.is_right("agent", task, [cs[int(scores.argmax())]]))
-            said.append([*cs, agents.Completion("", [], [], True, read)])
+            said.append([*cs, sampling.Completion("", [], [], True, read)])
         seconds += (time.time() - began) / len(tasks)
         new.append(new_row(variant, seed, f"{team}:picks", said, right, seconds))
     return new
@@ -560,10 +581,10 @@ def train_to_pick(args, variant, seed, batch=16, lr=5e-4):
         Path(f"{args.work}/{variant}-{seed}.json"),
     )
     if folder.exists() and saved.exists():
-        return agents.load(str(folder)), files.read_json(saved)
-    leader, rng, names = agents.load("tiny"), random.Random(seed), team_of(args, "three")
+        return agents.load_model(str(folder)), runs.read_json(saved)
+    leader, rng, names = agents.load_model("tiny"), random.Random(seed), team_of(args, "three")
     tasks = list(data.load_tasks("tiny", "train", args.train_questions, seed))
-    cached = files.read_jsonl(f"{args.work}/sft-{seed}/proposals.jsonl")
+    cached = runs.read_jsonl(f"{args.work}/sft-{seed}/proposals.jsonl")
     said = {(row["agent"], row["question"]): row["responses"] for row in cached}
     optimizer = torch.optim.AdamW(leader.model.parameters(), lr=lr, weight_decay=0.0)
     began, tokens = time.time(), 0
@@ -588,8 +609,8 @@ def train_to_pick(args, variant, seed, batch=16, lr=5e-4):
     row |= {"mode": "training", "steps": args.sft_steps, "tokens": tokens}
     row |= dict.fromkeys(("seconds", "wall_seconds"), round(time.time() - began, 1))
     row |= {"peak_mb": peak_mb(), "command": "python benchmarks/evidence.py"}
-    files.save_leader(folder, leader)
-    files.write_json(saved, row)
+    runs.save_model(folder, leader)
+    runs.write_json(saved, row)
     return leader, row
 
 
@@ -598,7 +619,7 @@ def debate(args, rows, team, seed, rounds=2):
     it knows the leader's; then a vote."""
     if f"{team}/{seed}/debate:{rounds}" in rows:
         return []
-    speakers = [agents.load(name) for name in team_of(args, team)]
+    speakers = [agents.load_model(name) for name in team_of(args, team)]
     tasks, (first, seconds) = tasks_of(args, "tiny"), first_responses(args, team, "tiny", seed)
     began, said, everything = time.time(), first, [list(cs) for cs in first]
     torch.manual_seed(SEED + seed)
@@ -625,7 +646,7 @@ def self_consistency(args, rows, variant, seed):
         row = rows[f"{variant}/{seed}/three:{t}"]
         budget = row["prompt_tokens"] + row["generated_tokens"] - alone["prompt_tokens"]
         sizes[f"votes, tokens of T={t}"] = max(1, round(budget / alone["generated_tokens"]))
-    leader = agents.load(f"{args.work}/{variant}-{seed}/leader")
+    leader = agents.load_model(f"{args.work}/{variant}-{seed}/leader")
     prompts = [agents.leader_messages(task["question"]) for task in tasks]
     most = max(sizes.values())
     torch.manual_seed(SEED + seed)
@@ -644,6 +665,6 @@ if __name__ == "__main__":
     try:
         main()
     except ValueError as error:
-        files.fail(error)
+        runs.fail(error)
     except KeyboardInterrupt:
-        files.fail("stopped; what is done is saved: the same command goes on")
+        runs.fail("stopped; what is done is saved: the same command goes on")

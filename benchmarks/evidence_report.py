@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from scipy import stats
 
-import files
+import runs
 
 PARTS = {  # of the first table
     "untrained": "untrained",
@@ -146,7 +146,8 @@ def mean_of(rows, one, *fields):
     return float(middle(sums)) if sums else math.nan
 
 
-cost = lambda rows, one: mean_of(rows, one, "prompt_tokens", "generated_tokens")
+def cost(rows, one):
+    return mean_of(rows, one, "prompt_tokens", "generated_tokens")
 
 
 def command(rows, variant, mode):
@@ -297,7 +298,10 @@ def when_wrong(rows):
         same, ok = bits(rows, name, "three:1", "agrees"), bits(rows, name, "three:1")
         if seeds := sorted(agree.keys() & same.keys()):
             a, o, v, m = (np.concatenate([x[s] for s in seeds]) for x in (same, ok, vote, agree))
-            of = lambda x, among: f"{100 * x[among].mean():.1f}%" if among.any() else ""
+
+            def of(x, among):
+                return f"{100 * x[among].mean():.1f}%" if among.any() else ""
+
             right_one, wrong_one = (m == 1) & (v == 1), (m == 1) & (v == 0)
             shares = of(1 - a, right_one), of(1 - a, wrong_one), of(o, wrong_one), of(o, m == 0)
             lines.append([LABELS[name], len(seeds), *shares])
@@ -314,12 +318,15 @@ def teams(rows):
     head = ["leader, team", "command", "seeds", "right", "*d* to SFT + MLPO, team, T=1"]
     ours, pairs = ("mlpo", "three:1"), [("mlpo", "three:1"), ("same", "same:1")]
     pairs += [("mlpo", "same:1"), ("same", "three:1"), ("untrained", "same:1")]
-    of = lambda pairs: [
-        [f"{LABELS[n]}; {title(m)}", command(rows, n, m), seeds_of(rows, (n, m))]
-        + [share(rows, (n, m)), difference(rows, (n, m), ours)]
-        for n, m in pairs
-        if share(rows, (n, m))
-    ]
+
+    def of(pairs):
+        lines = []
+        for n, m in pairs:
+            if share(rows, (n, m)):
+                line = [f"{LABELS[n]}; {title(m)}", command(rows, n, m), seeds_of(rows, (n, m))]
+                lines.append([*line, share(rows, (n, m)), difference(rows, (n, m), ours)])
+        return lines
+
     text = table(head, of(pairs))
     pairs = [("mlpo", "three:1"), ("finals", "finals:1"), ("finals_sft", "finals:1")]
     pairs += [("mlpo", "finals:1"), ("finals", "three:1"), ("finals_sft", "three:1")]
@@ -334,14 +341,15 @@ def teams(rows):
     return text + "\n![accuracy over K](benchmarks/evidence_teams.png)\n"
 
 
-size = lambda k: "three" if k == 3 else f"K{k}"
+def size(k):
+    return "three" if k == 3 else f"K{k}"
 
 
 def transfer(rows):
     """First the team in an order that changes from question to question, and a team of three other
     agents that only the last leader was trained with: what a leader knows about its agents, beyond
     what they write, is worth nothing there. Then two tasks that one leader was not trained on; then
-    the official BBH files."""
+    the official BBH runs."""
     team = [(f"agent {k + 3}", ("unseen", f"agent {k}")) for k in (1, 2, 3)]
     team += [("majority of 3", ("unseen", "majority of 3")), ("any right", ("unseen", "any"))]
     tasks = tasks_of(rows)
@@ -435,13 +443,13 @@ def report(rows, out):
     for heading, section in SECTIONS.items():
         about = " ".join(section.__doc__.split())
         page += [f"## {heading}\n", f"{about}\n", section(rows)]
-    files.write_text(Path(out) / "RESULTS.md", "\n".join(page))
+    runs.write_text(Path(out) / "RESULTS.md", "\n".join(page))
     folder = Path(out) / "benchmarks"
     for draw in (draw_cost, draw_wrong, draw_teams, draw_rounds, draw_parts):
         figure = Figure(figsize=(10, 4.5) if draw is draw_cost else (7, 4.5), layout="constrained")
         draw(rows, figure)
         path = folder / f"evidence_{draw.__name__.removeprefix('draw_')}.png"
-        files.write(path, lambda to, f=figure: f.savefig(to, format="png", dpi=120))
+        runs.write_file(path, lambda to, f=figure: f.savefig(to, format="png", dpi=120))
 
 
 COMMANDS = """Every command gets `--seed S`, the seed's proposals, and settings that only save time:

@@ -31,8 +31,9 @@ import transformers
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import step  # noqa: E402
 
-import agents  # noqa: E402
+import sampling  # noqa: E402
 import train  # noqa: E402
+from shared_prompt import SharedPromptCache  # noqa: E402
 
 FRAME = "{:6}" + "{:>10}" * 13
 
@@ -50,7 +51,7 @@ def sizes(kind):
 
 def shape(args):
     """Prompts that are sampled at one time, and prompts in a training micro-batch."""
-    room = 2**14 if args.device == "cpu" else 2**17  # as in agents.Speaker
+    room = 2**14 if args.device == "cpu" else 2**17  # as in agents.LocalModel
     shared = args.prompt + args.group * args.completion
     copies = args.group * (args.prompt + args.completion)
     asked = min(args.questions, max(1, room // shared))
@@ -67,7 +68,7 @@ def compute(kind, args):
     layer = b * (t * (4 * inner + 4 * h) + rows * 2 * h * (p + r)) + 4 * t * 4 * h
     active = 4 * layers * t * h + layer if args.checkpointing else (layers + 1) * layer
     cache, copy = 2 * layers * kv * b * asked * (p + g * r), 2 * n if b == 2 else 0
-    logits = [16 * vocabulary * x for x in (asked * g, min(1024, rows * r))]
+    logits = [16 * vocabulary * tokens for tokens in (asked * g, min(1024, rows * r))]
     columns = {"weights": 4 * n, "gradients": 4 * n, "AdamW": 8 * n, "copy": copy}
     columns |= {"agent": 2 * sizes(args.agent)[0], "cache": cache, "logits": logits[0]}
     columns |= {"activ.": active, " logits": logits[1]}
@@ -89,15 +90,16 @@ def measure(kind, phase, args):
     g, r = args.group, args.completion
     if phase == "sampling":
         with step.force_lengths(model, (r,) * g):
-            agents.sample(model, tokenizer, prompts, g, 1.0, r, room)
+            sampling.sample(model, tokenizer, prompts, g, 1.0, r, SharedPromptCache, room)
     else:
         if args.checkpointing:
             model.activation_checkpointing_enable()
         ids = random.choices(range(2, 300), k=r)
-        groups = [[agents.Completion("", ids, [-5.0] * r, True, x)] * g for x in prompts]
+        groups = [[sampling.Completion("", ids, [-5.0] * r, True, x)] * g for x in prompts]
         how = train.Arguments(questions_per_step=trained, group_size=g, max_new_tokens=r)
         how.tokens_per_batch = args.tokens_per_batch
-        train.policy_gradient(how, model, None, groups, torch.randn(trained, g))
+        how.checkpointing = args.checkpointing
+        train.loss_and_gradient(how, model, None, groups, torch.randn(trained, g))
         optimizer.step()
     return (step.peak(args.device) - before) * 2**20
 

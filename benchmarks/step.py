@@ -25,8 +25,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import agents  # noqa: E402
+import grpo  # noqa: E402
+import sampling  # noqa: E402
 import train  # noqa: E402
+from shared_prompt import SharedPromptCache  # noqa: E402
 
 SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
 MODELS = {  # architecture, vocabulary, and these
@@ -115,9 +117,9 @@ def ours(kind, prompts, lengths, device):
     args = train.Arguments(questions_per_step=b, group_size=g, max_new_tokens=room)
     while True:
         with force_lengths(model, lengths):
-            groups = agents.sample(model, tokenizer, prompts, g, 1.0, room)
-        advantages = train.group_advantages(torch.rand(b, g))
-        train.policy_gradient(args, model, None, groups, advantages)
+            groups = sampling.sample(model, tokenizer, prompts, g, 1.0, room, SharedPromptCache)
+        advantages = grpo.group_advantages(torch.rand(b, g))
+        train.loss_and_gradient(args, model, None, groups, advantages)
         optimizer.step()
         optimizer.zero_grad()
         yield [len(completion.ids) for completion in sum(groups, [])]
@@ -126,7 +128,9 @@ def ours(kind, prompts, lengths, device):
 def plain(kind, prompts, lengths, device):
     """The same with G copies of every prompt, in `generate` and in one forward with all logits."""
     model, _, prompts, optimizer = build(kind, prompts, device)
-    ids, mask = (x.repeat_interleave(len(lengths), 0) for x in agents.pad(prompts, device, "left"))
+    ids, mask = sampling.pad(prompts, device, "left")
+    ids = ids.repeat_interleave(len(lengths), 0)
+    mask = mask.repeat_interleave(len(lengths), 0)
     model.generation_config.update(do_sample=True, top_k=0, max_new_tokens=max(lengths))
     while True:
         with force_lengths(model, lengths):
@@ -136,8 +140,8 @@ def plain(kind, prompts, lengths, device):
         logits = model(whole, attention_mask=torch.cat([mask, kept], dim=1)).logits
         logprobs = torch.log_softmax(logits[:, ids.shape[1] - 1 : -1], dim=-1)
         logprobs = logprobs.gather(2, said[:, :, None])[:, :, 0]
-        advantages = train.group_advantages(torch.rand(len(prompts), len(lengths)))
-        train.grpo_loss(logprobs, logprobs.detach(), advantages.flatten(), kept).backward()
+        advantages = grpo.group_advantages(torch.rand(len(prompts), len(lengths)))
+        grpo.grpo_loss(logprobs, logprobs.detach(), advantages.flatten(), kept).backward()
         optimizer.step()
         optimizer.zero_grad()
         yield kept.sum(1).tolist()

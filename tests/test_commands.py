@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
-import files
+import runs
 import train
 
 SMALL = "--questions 20 --validation_questions 5 --sft_steps 3 --sft_batch 4 --steps 3 --rounds 2 "
@@ -51,7 +51,10 @@ def start(script, *words):
 def wait(pid, *files):
     """returncode (negative: the signal), stdout, stderr."""
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    texts = [(file.seek(0), file.read())[1] for file in files]
+    texts = []
+    for file in files:
+        file.seek(0)
+        texts.append(file.read())
     return SimpleNamespace(returncode=status, stdout=texts[0], stderr=texts[1])
 
 
@@ -100,7 +103,7 @@ def test_another_run_is_not_overwritten_and_the_field_is_named(run):
     before, own = (run[0] / "config.json").read_bytes(), SMALL.split()
     others = {"seed": 1, "agents": "tiny/agent1", "dataset": "gsm8k", "leader": "tiny/agent1"}
     wrong = [([*own, f"--{name}", value, "--resume"], name) for name, value in others.items()]
-    for words, name in [*wrong, ([], "max_new_tokens")]:  # the last: the defaults
+    for words, name in [*wrong, ([], "questions")]:  # the last: the defaults
         done = command("train.py", *words, "--out", run[0])
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert f"holds another run, whose {name} is" in done.stderr
@@ -111,9 +114,9 @@ def test_an_unfinished_run_is_left_alone_and_resumed_to_the_same_weights(run, tm
     """As if killed after the first checkpoint of MLPO, in step 2 of 3."""
     folder = tmp_path / "killed"
     shutil.copytree(run[0], folder)
-    for name in ("leader", "results.json"):
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(folder / "leader")
+    (folder / "results.json").unlink()
+    (folder / "checkpoint.pt").unlink()  # that of the last step: the one before is used
     done = command("train.py", *SMALL.split(), "--out", folder)
     assert done.returncode == 2 and "--resume" in done.stderr
     done = command("train.py", *SMALL.split(), "--out", folder, "--resume")
@@ -136,8 +139,10 @@ def interrupt(folder, phase, delay, how=signal.SIGKILL):
     """Start the run, or go on with it, and hit it `delay` seconds into the phase."""
     resume = ["--resume"] if (folder / "config.json").exists() else []
     process = start("train.py", *SMALL.split(), "--out", folder, *resume)
-    ended = lambda: os.waitid(os.P_PID, process[0], os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    while not ended() and not (folder / PHASES[phase]).exists():
+    how_to_look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while not (folder / PHASES[phase]).exists():
+        if os.waitid(os.P_PID, process[0], how_to_look):
+            break  # it has ended
         time.sleep(0.02)
     time.sleep(delay)
     os.kill(process[0], how)
@@ -152,16 +157,18 @@ def finish_and_compare(folder, whole):
     done = command("train.py", *SMALL.split(), "--out", folder, *resume)
     assert done.returncode == 0, done.stderr
     for name in ("leader", "leader_sft"):
-        mine, theirs = (f / name / "model.safetensors" for f in (folder, whole))
-        assert mine.read_bytes() == theirs.read_bytes(), name
+        file = f"{name}/model.safetensors"
+        assert (folder / file).read_bytes() == (whole / file).read_bytes(), name
     took = ("sampling", "training", "tokens_per_s")
     for name in ("metrics.jsonl", "proposals.jsonl", "prompts.jsonl"):
-        mine, theirs = ([json.loads(x) for x in open(f / name)] for f in (folder, whole))
+        mine = runs.read_jsonl(folder / name)
+        theirs = runs.read_jsonl(whole / name)
         for row in mine + theirs:
-            [row.pop(key, None) for key in took]
+            for key in took:
+                row.pop(key, None)
         assert mine == theirs, name
-    mine, theirs = (json.loads((f / "results.json").read_text())["rows"] for f in (folder, whole))
-    assert mine == theirs
+    mine = runs.read_json(folder / "results.json")
+    assert mine["rows"] == runs.read_json(whole / "results.json")["rows"]
 
 
 def test_killed_twice_and_stopped_by_ctrl_c_a_run_is_the_same_run(run, tmp_path):
@@ -182,19 +189,29 @@ def test_killed_at_any_moment_a_run_is_the_same_run(number, run, tmp_path):
     finish_and_compare(folder, run[0])
 
 
-def test_out_of_memory_names_the_setting_and_keeps_the_checkpoint(run, tmp_path, monkeypatch):
-    folder, usual = tmp_path / "run", files.Trainer.update
+@pytest.mark.parametrize(
+    "error",
+    [  # what CUDA raises, and what MPS does
+        torch.OutOfMemoryError("tried to allocate 20.00 GiB"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.00 GB)"),
+    ],
+)
+def test_out_of_memory_names_the_setting_and_keeps_the_checkpoint(
+    error, run, tmp_path, monkeypatch
+):
+    folder = tmp_path / "run"
+    usual = runs.Phase.check_gradient
 
-    def update(self):  # what a GPU raises; the fork in which the command runs has it too
-        if self.phase == "sft" and self.step == 2:
-            raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
-        return usual(self)
+    def check_gradient(self, norm):  # the fork in which the command runs has it too
+        if self.name == "sft" and self.step == 2:
+            raise error
+        return usual(self, norm)
 
-    monkeypatch.setattr(files.Trainer, "update", update)
+    monkeypatch.setattr(runs.Phase, "check_gradient", check_gradient)
     done = command("train.py", *SMALL.split(), "--out", folder)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "lower --tokens_per_batch" in done.stderr.splitlines()[-1]
-    assert files.load_checkpoint(folder / "checkpoint.pt")["step"] == 2
+    assert runs.load_checkpoint(folder / "checkpoint.pt")["step"] == 2
     monkeypatch.undo()
     lower = ["--tokens_per_batch", 500, "--resume"]  # what the line advises is allowed
     done = command("train.py", *SMALL.split(), "--out", folder, *lower)
@@ -223,6 +240,7 @@ def test_random_teams_and_later_rounds_resumed_and_evaluated_afterwards(run, tmp
     first = (folder / "leader" / "model.safetensors").read_bytes()
     assert first != (run[0] / "leader" / "model.safetensors").read_bytes()
     shutil.rmtree(folder / "leader")  # as if killed in step 2 of 3
+    (folder / "checkpoint.pt").unlink()
     done = command("train.py", *words, "--resume")
     assert done.returncode == 0, done.stderr
     assert (folder / "leader" / "model.safetensors").read_bytes() == first
@@ -287,6 +305,10 @@ BAD = {
     "--max_new_tokens 400": "--max_new_tokens",
     "--proposals missing.jsonl": "missing.jsonl",
     "--resume": "--resume",
+    "--device tpu": "--device tpu",
+    "--agents missing.py#Solver": "missing.py#Solver",
+    "--team_dropout 1.5": "--team_dropout",
+    "--sft_alone -0.1": "--sft_alone",
 }
 
 
@@ -317,16 +339,17 @@ LONG = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-import files, train
-held, usual = [], files.Trainer.log
+import runs, train
+held = []
+usual = runs.Phase.log
 
-def log(self, phase=None, **values):
-    usual(self, phase, **values)
-    if not phase:
+def log(self, kind=None, **values):
+    usual(self, kind, **values)
+    if not kind:
         status = Path("/proc/self/status").read_text()
         held.append(int(status.split("VmRSS:")[1].split()[0]) / 1024)
 
-files.Trainer.log = log
+runs.Phase.log = log
 small = "--sft_steps 0 --steps 500 --questions_per_step 2 --group_size 2 --max_new_tokens 60 "
 small += "--questions 20 --validation_questions 2 --eval_questions 0 --validate_every 1000"
 train.main([*small.split(), "--out", sys.argv[2]])
@@ -364,3 +387,66 @@ def test_columns_of_ones_own(run, tmp_path):
         done = command("evaluate.py", *words)
         assert done.returncode == status, done.stderr
     assert done.stderr.count("\n") == 1 and "no text in Frage" in done.stderr
+
+
+SOLVER = '''
+from sampling import Completion
+
+
+class Counter:
+    """Says how many things are listed; no model."""
+
+    name = "counter"
+
+    def answer(self, prompts, n=1, **settings):
+        responses = []
+        for messages in prompts:
+            listed = messages[1]["content"].count(",")
+            responses.append([Completion(f"{listed} things . So the answer is {listed}.")] * n)
+        return responses
+
+    def fingerprint(self, **settings):
+        return "counter, version 1"
+'''
+
+
+def test_an_agent_that_is_no_model_takes_part_in_training_and_evaluation(tmp_path):
+    (tmp_path / "solver.py").write_text(SOLVER)
+    words = SMALL.replace("--rounds 2", "--rounds 1 --train_rounds 2").split()
+    team = ["--agents", f"{tmp_path / 'solver.py'}#Counter", "tiny/agent2"]
+    done = command("train.py", *words, *team, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    proposals = runs.read_jsonl(tmp_path / "run" / "proposals.jsonl")
+    [said] = [row["responses"] for row in proposals if row["agent"] == "counter"][:1]
+    assert len(said) == 4 and "things" in said[0]
+    rows = runs.read_json(tmp_path / "run" / "results.json")["rows"]
+    assert "counter" in [row["name"] for row in rows]
+
+
+def test_questions_in_words_that_the_built_in_models_do_not_know(run, tmp_path):
+    """One line that names the words, before anything starts; for --ask too."""
+    path = tmp_path / "capitals.jsonl"
+    rows = []
+    for i in range(60):
+        rows.append({"question": f"Which capital has Atlantis {i}?", "answer": "Poseidonis"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--dataset", path, "--questions", 10, "--validation_questions", 2]
+    done = command("train.py", *words, "--out", tmp_path / "run")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "Atlantis" in done.stderr and "--leader" in done.stderr and "--agents" in done.stderr
+    assert not (tmp_path / "run" / "config.json").exists()
+    done = command("evaluate.py", run[0], "--ask", "Which capital has Atlantis?")
+    assert done.returncode == 2 and "Atlantis" in done.stderr, done.stderr
+
+
+def test_the_plain_way_trains_the_same_leader(run, tmp_path):
+    """--plain: to the digits that the order of sums leaves."""
+    folder = tmp_path / "plain"
+    words = SMALL.replace("--eval_questions 10", "--eval_questions 0").split()
+    done = command("train.py", *words, "--plain", "--out", folder)
+    assert done.returncode == 0, done.stderr
+    first = runs.read_jsonl(run[0] / "metrics.jsonl")
+    for mine, theirs in zip(runs.read_jsonl(folder / "metrics.jsonl"), first):
+        if mine["phase"] == "sft":
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
+    assert (folder / "leader").exists()

@@ -246,8 +246,8 @@ def test_one_file_is_divided_and_stays_divided(tmp_path):
 
 def test_the_hash_is_the_same_on_every_machine():
     homes = ["train", "train", "validation", "test", "train", "train", "test", "test"]
-    assert [data.home(f"question {i}") for i in range(8)] == homes
-    assert data.home("a  b\n") == data.home("a b")
+    assert [data.split_by_hash(f"question {i}") for i in range(8)] == homes
+    assert data.split_by_hash("a  b\n") == data.split_by_hash("a b")
 
 
 def test_n_and_seed(tmp_path):
@@ -577,7 +577,7 @@ def test_bad_files(tmp_path, name, content, expected, capsys):
 
 def test_empty_split(tmp_path):
     path = write(tmp_path / "x.jsonl", [rows(1)[0]])
-    here = data.home("question 0")
+    here = data.split_by_hash("question 0")
     for split in set(SPLITS) - {here}:
         message = error(path, split)
         assert f"split {split!r}" in message and "'all'" in message

@@ -13,7 +13,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import evidence
 import evidence_report as report
 
-import files
+import runs
+import train
 
 # ------------------------------------------------------------------------------------- statistics
 
@@ -71,7 +72,10 @@ SIZE = {"steps": 80, "train_questions": 1000}
 
 def made_up(variant, seed, mode, share=0.7, questions=20, **more):
     rng = random.Random(f"{variant} {seed} {mode}")
-    bits = lambda: "".join(rng.choices("01", [1 - share, share], k=questions))
+
+    def bits():
+        return "".join(rng.choices("01", [1 - share, share], k=questions))
+
     row = {"key": f"{variant}/{seed}/{mode}", "variant": variant, "seed": seed, "mode": mode}
     row |= {"correct": bits(), "agrees": bits(), "two_agree": bits(), "generations": 4}
     row |= {"seconds": 0.1, "size": SIZE, "prompt_tokens": 100, "generated_tokens": 50}
@@ -132,10 +136,10 @@ def test_rows_without_their_leaders_or_of_another_size_are_refused(tmp_path, mon
     monkeypatch.chdir(tmp_path)  # main changes it
     (tmp_path / "benchmarks").mkdir()
     row = {"key": "a", "seed": 10, "size": {"steps": 60}}
-    files.write_jsonl(tmp_path / "benchmarks" / "evidence.jsonl", [row])
+    runs.write_jsonl(tmp_path / "benchmarks" / "evidence.jsonl", [row])
     with pytest.raises(ValueError, match="no leaders"):  # as in a clone
         evidence.main(["--out", str(tmp_path)])
-    files.write_jsonl(tmp_path / "runs" / "evidence" / "size.jsonl", [row["size"]])
+    runs.write_jsonl(tmp_path / "runs" / "evidence" / "size.jsonl", [row["size"]])
     with pytest.raises(ValueError, match="rows of other --steps"):
         evidence.main(["--out", str(tmp_path)])
 
@@ -151,7 +155,7 @@ def test_the_plan_measures_all_that_the_report_shows(tmp_path):
     quick = sum(evidence.plan(settings(tmp_path, quick=True)), [])
     assert 0 < len(quick) < len(units) / 3
     for name, (_, words) in evidence.VARIANTS.items():
-        assert evidence.train.parse(words.split("--proposals")[0].split()), name
+        assert train.parse(words.split("--proposals")[0].split()), name
 
 
 def test_measurements_of_what_needs_no_training(tmp_path):
@@ -183,7 +187,7 @@ def test_measurements_of_what_needs_no_training(tmp_path):
     assert not evidence.look_at(args, rows, "untrained", 10, "alone three:2")  # nothing twice
     # the second agent3 gives another of its samples than the first
     [first, *_], _ = evidence.first_responses(args, "same", "tiny", 10)
-    said = evidence.files.read_json(tmp_path / "said-tiny-agent3.json")["said"][0]
+    said = evidence.runs.read_json(tmp_path / "said-tiny-agent3.json")["said"][0]
     assert [c.text for c in first] == [said[(10 + 5 * twin) % 14][0] for twin in range(3)]
     assert evidence.cut("two 2 . So the answer is 2.") == "So the answer is 2."
 

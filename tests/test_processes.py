@@ -9,28 +9,51 @@ import torch
 from conftest import ROOT
 
 WORK = """
-import sys, torch
+import sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
-from types import SimpleNamespace
-import agents, files, train
+import torch
+import agents, runs, sampling, train
 
-args = SimpleNamespace(device="cpu", questions_per_step=4, sft_batch=4, group_size=2, clip=0.2,
-                       max_new_tokens=8, temperature=1.0, kl_coef=0.0, tokens_per_batch=200)
-files.start_processes(args)
-leader = agents.load("tiny")
+args = train.Arguments(device="cpu", questions_per_step=4, sft_batch=4, group_size=2,
+                       max_new_tokens=8, tokens_per_batch=200)
+runs.start_processes(args)
+leader = agents.load_model("tiny")
 torch.manual_seed(0)
-groups = leader.answer([[5, 6, 7], [8], [9, 10], [11, 12]], 2, 1.0, 8)
+prompts = [[5, 6, 7], [8], [9, 10], [11, 12]]
+groups = sampling.sample(leader.model, leader.tokenizer, prompts, 2, 1.0, 8)
 advantages = torch.tensor([[0.5, -0.5], [0.0, 0.0], [-0.5, 0.5], [0.0, 0.0]])
-mine = files.share(range(4))  # the second process has nothing but flat groups
-train.policy_gradient(args, leader.model, None, [groups[i] for i in mine], advantages[list(mine)])
-files.add_up_gradients(leader.model)
-if files.rank() == 0:
+mine = list(runs.share(range(4)))  # the second process has nothing but flat groups
+groups = [groups[i] for i in mine]
+train.loss_and_gradient(args, leader.model, None, groups, advantages[mine])
+runs.add_up_gradients(leader.model)
+if runs.rank() == 0:
     torch.save([p.grad for p in leader.model.parameters()], sys.argv[2])
 """
 
+STOP = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import signal, torch
+import runs, train
 
-def torchrun(n, *words):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n)]
+args = train.Arguments(device="cpu")
+runs.start_processes(args)
+model = torch.nn.Linear(3, 1)
+phase = runs.Phase(Path(sys.argv[2]), "mlpo", 30, 10, model, train.make_optimizer(args, model, 0.1))
+step = None
+try:
+    with phase:
+        for step in phase.steps():
+            if step == 3 and runs.rank() == 1:
+                signal.raise_signal(signal.SIGINT)  # one of them alone
+except KeyboardInterrupt:
+    Path(sys.argv[2], f"stopped-{runs.rank()}").write_text(str(step))
+"""
+
+
+def torchrun(processes, *words):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     command += ["--standalone", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -42,9 +65,22 @@ def test_one_and_two_processes_have_the_same_gradient(tmp_path):
     script.write_text(WORK)
     subprocess.run([sys.executable, script, ROOT, tmp_path / "1.pt"], check=True, timeout=300)
     torchrun(2, script, ROOT, tmp_path / "2.pt")
-    gradients = [torch.cat([g.flatten() for g in torch.load(tmp_path / f"{n}.pt")]) for n in "12"]
+    gradients = []
+    for n in (1, 2):
+        of_weights = torch.load(tmp_path / f"{n}.pt")
+        gradients.append(torch.cat([gradient.flatten() for gradient in of_weights]))
     assert gradients[0].norm() > 0
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+
+
+def test_two_processes_agree_on_stopping(tmp_path):
+    """Ctrl-C may reach one of them first: the other must not wait for it for ever."""
+    script = tmp_path / "work.py"
+    script.write_text(STOP)
+    torchrun(2, script, ROOT, tmp_path)
+    for rank in (0, 1):
+        assert (tmp_path / f"stopped-{rank}").read_text() == "3"
+    assert (tmp_path / "checkpoint.pt").exists()
 
 
 @pytest.mark.slow

@@ -12,7 +12,26 @@ from hypothesis import strategies as st
 
 import rewards
 from agents import leader_messages
-from rewards import extract_agent_answer, extract_answer, is_correct, reward, score
+from rewards import extract_agent_answer, extract_answer, is_correct, judge, reward
+
+# ----------------------------------------------------------------------------------- verdicts
+
+
+@pytest.mark.parametrize(
+    "text, right, formatted, points",
+    [
+        ("<think>a</think><answer>8</answer>", True, True, 1.1),
+        ("<think>a</think><answer>9</answer>", False, True, 0.1),
+        ("<answer>8</answer>", True, False, 1.0),
+        ("the answer is 8", False, False, 0.0),
+        ("", False, False, 0.0),
+    ],
+)
+def test_a_verdict_has_all_that_is_said_of_a_completion(text, right, formatted, points):
+    verdict = judge(text, "8")
+    assert (verdict.right, verdict.formatted, verdict.reward) == (right, formatted, points)
+    assert reward([text, [{"content": text}]], ["8", "8"]) == [points, points]
+
 
 # -------------------------------------------------------------------------------- extraction
 
@@ -227,36 +246,51 @@ def fresh_worker():
 
 
 @pytest.mark.parametrize("bomb", ["9^{9^{9^9}}", pytest.param("{" * 900, marks=pytest.mark.slow)])
-def test_latex_has_a_time_limit_also_in_a_thread(bomb):
+def test_latex_that_takes_for_ever_is_ended_also_in_a_thread(bomb, monkeypatch):
+    """The machine may be busy: what must hold is that it ends, is wrong, and that a new worker goes
+    on."""
+    rewards.same_latex.cache_clear()
     is_correct("x^4", "x^{2+2}")  # the worker has started
+    monkeypatch.setattr(rewards, "LATEX_SECONDS", 0.5)
+    [before] = rewards.WORKERS.values()
     replies = []
 
     def compare():
-        start = time.perf_counter()
-        replies.append((is_correct(bomb + "^2", "x^2"), time.perf_counter() - start))
-        replies.append(is_correct("$2(k+1)$", "2k + 2"))  # a new worker goes on
+        replies.append(is_correct(bomb + "^2", "x^2"))
+        monkeypatch.setattr(rewards, "LATEX_SECONDS", 60)
+        replies.append(is_correct("$2(k+1)$", "2k + 2"))
 
     rewards.same_latex.cache_clear()
     thread = threading.Thread(target=compare)
     thread.start()
-    thread.join(30)
-    (bombed, seconds), after = replies
-    assert bombed is False and after is True
-    assert seconds < rewards.LATEX_SECONDS + 1
+    thread.join()
+    assert replies == [False, True]
+    if "9" in bomb:  # this one does take for ever
+        assert before.poll() is not None and before not in rewards.WORKERS.values()
+
+
+def test_a_worker_that_dies_between_two_comparisons_is_replaced():
+    fresh_worker()
+    assert is_correct("$x^2 x^3$", "x^5") is True
+    [worker] = rewards.WORKERS.values()
+    worker.kill()
+    worker.wait()
+    assert is_correct("$x^2 x^4$", "x^6") is True
 
 
 def test_latex_in_many_threads_at_once():
     fresh_worker()
     pairs = [(f"$x^{{{i}}}x^{j}$", f"x^{{{i + 2}}}") for i in range(10, 16) for j in (1, 2, 3)]
     replies = {}
-    threads = [
-        threading.Thread(target=lambda pair=pair: replies.update({pair: is_correct(*pair)}))
-        for pair in pairs
-    ]
+
+    def compare(pair):
+        replies[pair] = is_correct(*pair)
+
+    threads = [threading.Thread(target=compare, args=[pair]) for pair in pairs]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join()
     assert replies == {(answer, gold): answer.endswith("x^2$") for answer, gold in pairs}
 
 
@@ -301,7 +335,7 @@ def test_hedging_earns_nothing(gold, other):
     for hedge in HEDGES:
         answer = hedge.format(gold=gold, other=other)
         assert not is_correct(answer, gold), answer
-        assert not score(f"a</think><answer>{answer}</answer>", gold)[0]
+        assert not judge(f"a</think><answer>{answer}</answer>", gold).right
 
 
 @for_all(st.sampled_from(GOLDS), TEXT)
@@ -309,7 +343,7 @@ def test_two_answers_whatever_stands_between_them_earn_nothing(golds, text):
     gold, other = golds
     assert not is_correct(f"{gold} or {text}{other}", gold)
     text = text.replace("<think>", "").replace("</think>", "")
-    assert not score(f"<answer>{gold}</answer>{text}<answer>{other}</answer>", gold)[0]
+    assert not judge(f"<answer>{gold}</answer>{text}<answer>{other}</answer>", gold).right
 
 
 @for_all(
@@ -324,7 +358,7 @@ def test_the_right_answer_in_a_list_earns_nothing(golds, others, comma, random):
     text = comma.join(answers)
     assert not is_correct(text, golds[0])
     assert not is_correct(f"[{text}]", golds[0])
-    assert not score(f"a</think><answer>{text}</answer>", golds[0])[0]
+    assert not judge(f"a</think><answer>{text}</answer>", golds[0]).right
 
 
 @for_all(st.sampled_from(GOLDS), TEXT)
@@ -338,9 +372,9 @@ def test_an_echo_of_the_prompt_earns_nothing(golds, text):
     ]
     system, user = (m["content"] for m in leader_messages(question, responses))
     for echo in (question, user, f"{system}\n{user}"):
-        assert not score(echo, gold)[0]
-        assert not score(f"{echo}</think>{echo}", gold)[0]
-        assert not score(f"a</think><answer>{echo}</answer>", gold)[0]
+        assert not judge(echo, gold).right
+        assert not judge(f"{echo}</think>{echo}", gold).right
+        assert not judge(f"a</think><answer>{echo}</answer>", gold).right
 
 
 INVISIBLE = st.characters(categories=["C"]).filter(lambda c: not c.isspace())  # not seen, no space
@@ -355,7 +389,7 @@ def test_invisible_characters_earn_nothing(golds, unseen, data):
     place = data.draw(st.integers(0, len(gold)))
     for text in (gold[:place] + unseen + gold[place:], unseen):
         assert not is_correct(text, gold)
-        assert not score(f"a</think><answer>{text}</answer>", gold)[0]
+        assert not judge(f"a</think><answer>{text}</answer>", gold).right
 
 
 def test_answers_in_several_places_earn_nothing():
@@ -364,7 +398,7 @@ def test_answers_in_several_places_earn_nothing():
     for text in [other + right, right + other, f"a{right}</think>{other}", f"{right}</think>",
                  f"<think>{right}", f"<think>{right}</think> 8", f"{right}<answer>",
                  f"{right}</answer>", f"<answer>{right}</answer>"]:  # fmt: skip
-        assert score(f"<think>a</think>{text}", "8")[0] is False
+        assert judge(f"<think>a</think>{text}", "8").right is False
         assert reward([text], ["8"])[0] < 0.2
 
 
@@ -397,7 +431,7 @@ FORMATTED = [
 
 @pytest.mark.parametrize("text, formatted", FORMATTED)
 def test_has_format(text, formatted):
-    assert score(text, "8")[1] is formatted
+    assert judge(text, "8").formatted is formatted
 
 
 def test_reward_adds_a_small_term_for_the_form():
@@ -443,7 +477,7 @@ def test_extraction_gives_none_or_a_stripped_text(text):
 @for_all(TEXT, GOLD)
 def test_correctness_is_a_boolean_and_the_gold_is_right(text, gold):
     assert is_correct(text, gold) in (True, False)
-    assert is_correct(gold, gold) is rewards.visible(gold)
+    assert is_correct(gold, gold) is rewards.is_visible(gold)
 
 
 @for_all(TEXT, GOLD)
@@ -454,10 +488,10 @@ def test_the_reward_is_one_of_four_numbers(text, gold):
 
 @for_all(TEXT)
 def test_what_the_reasoning_says_or_echoes_changes_nothing(text):
-    assert score(f"{text}</think><answer>8</answer>", "8")[0]
-    assert not score(f"{text}</think><answer>9</answer>", "8")[0]
-    assert not score(f"{text}<answer>8</answer></think>", "8")[0]
-    assert not score(f"</think><think>{text.replace('</think>', '')}<answer>8</answer>", "8")[0]
+    assert judge(f"{text}</think><answer>8</answer>", "8").right
+    assert not judge(f"{text}</think><answer>9</answer>", "8").right
+    assert not judge(f"{text}<answer>8</answer></think>", "8").right
+    assert not judge(f"</think><think>{text.replace('</think>', '')}<answer>8</answer>", "8").right
 
 
 MEGABYTE = 1_000_000
@@ -468,7 +502,8 @@ REPEATED = ["<answer>", "</answer>", "<answer>8</answer>", "<answer>8", "<think>
 
 
 @pytest.mark.parametrize("repeated", REPEATED, ids=ascii)
-def test_a_megabyte_takes_a_fifth_of_a_second_at_most(repeated):
+def test_a_megabyte_takes_linear_time(repeated):
+    """2 s of this process's own time: it takes 0.1; what is quadratic takes hours."""
     bomb = (repeated * (MEGABYTE // len(repeated) + 1))[:MEGABYTE]
     # what is read as LaTeX has its own limit
     for text in [bomb, f"<answer>{bomb}</answer>", f"<think>{bomb}</think><answer>8</answer>",
@@ -478,7 +513,7 @@ def test_a_megabyte_takes_a_fifth_of_a_second_at_most(repeated):
                          lambda text: reward([text], ["(B)"])):  # fmt: skip
             start = time.process_time()  # of this process: the machine may be busy
             function(text)
-            assert time.process_time() - start < 0.2, (text[:40], function)
+            assert time.process_time() - start < 2, (text[:40], function)
 
 
 @pytest.mark.parametrize("repeated", REPEATED, ids=ascii)
@@ -486,4 +521,4 @@ def test_an_answer_as_long_as_allowed_is_fast_too(repeated):
     text = (repeated * rewards.LONGEST_ANSWER)[: rewards.LONGEST_ANSWER]
     start = time.process_time()
     assert not any(is_correct(text, gold) for gold in ("8", "(B)", "Yes", "cat dog"))
-    assert time.process_time() - start < 0.2
+    assert time.process_time() - start < 2

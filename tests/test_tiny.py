@@ -10,7 +10,7 @@ import agents
 import tiny
 from data import load_tasks
 from rewards import extract_agent_answer, is_correct
-from tiny_models import make, puzzles
+from tiny_models import make
 
 DRAWS = 300
 BBH = [SHARED / "bbh" / f"{task}.json" for task in tiny.TASKS]
@@ -29,7 +29,7 @@ def right_answer(task, question):
         return "No" if place else "Yes"
     if task == "object_counting":
         kind = re.search(r"How many ([a-z ]+)s do", question)[1]
-        singular = {form: n for k in puzzles.KINDS for n in words(k) for form in (n, plural(n))}
+        singular = {form: n for k in tiny.KINDS for n in words(k) for form in (n, plural(n))}
         numbers = {"a": 1, "an": 1, "two": 2, "three": 3, "four": 4, "five": 5}
         listed = question.split("I have ")[1].split(". How")[0].replace(", and ", ", ")
         items = [item.split(" ", 1) for item in listed.split(", ")]
@@ -45,11 +45,11 @@ def right_answer(task, question):
     text = question.split("Input: ")[1].replace(" ", "")
     while (shorter := re.sub(r"\(\)|\[\]|\{\}|<>", "", text)) != text:
         text = shorter
-    return " ".join(puzzles.BRACKETS[b] for b in reversed(text))
+    return " ".join(tiny.BRACKETS[b] for b in reversed(text))
 
 
 def words(kind):
-    return [noun.replace("_", " ") for noun in puzzles.KINDS[kind].split()]
+    return [noun.replace("_", " ") for noun in tiny.KINDS[kind].split()]
 
 
 def plural(noun):
@@ -102,7 +102,7 @@ def test_splits_do_not_overlap_and_do_not_change():
 
 
 def test_more_puzzles_than_there_are_is_an_error(monkeypatch):
-    monkeypatch.setattr(tiny, "draw", lambda *_: ("always the same", {"right": ("", "1")}))
+    monkeypatch.setattr(tiny, "draw_puzzle", lambda *_: ("always the same", {"right": ("", "1")}))
     with pytest.raises(ValueError, match="fewer than 3"):
         tiny.puzzles("test", 3)
 
@@ -139,10 +139,10 @@ def test_agents_hold_misconceptions_that_exist_and_one_a_task_at_most(who):
 @pytest.mark.parametrize("who", make.AGENTS)
 def test_shipped_agents_are_who_they_are_said_to_be(who):
     """Good at their own tasks, and true to their misconception in the others."""
-    agent, rng = agents.load(f"tiny/{who}"), random.Random(1)
+    agent, rng = agents.load_model(f"tiny/{who}"), random.Random(1)
     torch.manual_seed(0)
     for task in tiny.TASKS:
-        puzzles = [tiny.draw(rng, "test", task) for _ in range(30)]
+        puzzles = [tiny.draw_puzzle(rng, "test", task) for _ in range(30)]
         prompts = [agents.agent_messages(question) for question, _ in puzzles]
         solver = next((held for held in make.AGENTS[who] if held in puzzles[0][1]), "right")
         answers = [a[0].text for a in agent.answer(prompts, 1, 0, 120)]

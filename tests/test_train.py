@@ -1,319 +1,315 @@
+"""train.py: arguments, proposals, the filter, SFT examples, the gradient of a step."""
+
+import copy
 import random
-from types import SimpleNamespace
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, modeling_layers
+from textbook import gradient, textbook_logprobs
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import agents
-import files
+import grpo
+import runs
+import shared_prompt
 import train
-from agents import sample
+from rewards import Verdict
+from sampling import Completion, PlainCache, sample
+from shared_prompt import SharedPromptCache
 
 
-def plain_logprobs(model, prompts, completions, temperature=1.0):
-    """The textbook way: every completion behind its own copy of the prompt, one at a time."""
-    rows = []
-    for prompt, group in zip(prompts, completions):
-        for completion in group:
-            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-            logprobs = torch.log_softmax(logits.float() / temperature, -1)
-            rows.append(logprobs.gather(1, torch.tensor(completion)[:, None])[:, 0])
-    return rows
+def step_settings(**changed):
+    settings = {"max_new_tokens": 12, "questions_per_step": 3, "group_size": 4, "device": "cpu"}
+    return train.Arguments(**{**settings, "tokens_per_batch": 10**6, **changed})
 
 
-def gradient(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+def sample_groups(model, tokenizer, prompts, n, max_new_tokens):
+    return sample(model, tokenizer, prompts, n, 1.0, max_new_tokens, SharedPromptCache)
 
 
-@pytest.mark.parametrize("g", [1, 3])
-def test_shared_prompt_training_is_the_plain_one(model, prompts, g):
-    rng = random.Random(0)
-    completions = [
-        [[rng.randrange(5, 300) for _ in range(rng.randint(1, 9))] for _ in range(g)]
-        for _ in prompts
-    ]
-    weights = torch.rand(len(prompts) * g)
-    plain = plain_logprobs(model, prompts, completions, 0.8)
-    plain_gradient = gradient(model, sum(w * row.sum() for w, row in zip(weights, plain)))
-    shared, mask = train.completion_logprobs(model, prompts, completions, 0.8)
-    for row, kept, expected in zip(shared, mask.bool(), plain):
-        torch.testing.assert_close(row[kept], expected, atol=1e-5, rtol=0)
-    shared_gradient = gradient(model, (weights[:, None] * shared * mask).sum())
-    assert (shared_gradient - plain_gradient).norm() < 1e-4 * plain_gradient.norm()
+def all_gradients(model):
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
 @pytest.fixture
-def checkpointing(model):
-    model.activation_checkpointing_enable()
-    yield
-    model.activation_checkpointing_disable()
+def checkpointed(model):
+    """The same weights with activation checkpointing."""
+    copied = copy.deepcopy(model)
+    copied.activation_checkpointing_enable()
+    return copied
 
 
-@pytest.mark.parametrize("g", [1, 3])
-def test_checkpointing_changes_nothing_but_memory(model, prompts, g, checkpointing, monkeypatch):
-    """Log-probabilities 1e-5, gradients 1e-4, from the shared prompt's; the cache is not missed."""
-    rng, said = random.Random(0), []
-    draw = lambda: [rng.randrange(5, 300) for _ in range(rng.randint(1, 9))]
-    completions = [[draw() for _ in range(g)] for _ in prompts]
-    weights = torch.rand(len(prompts) * g, 1)
-    monkeypatch.setattr(modeling_layers.logger, "warning_once", said.append)
-    run = lambda: train.completion_logprobs(model, prompts, completions, 0.8)
-    logprobs, mask = run()
-    again = gradient(model, (weights * logprobs * mask).sum())
-    model.activation_checkpointing_disable()
-    shared, same_mask = run()
-    assert mask.equal(same_mask) and not model.training and not said
-    torch.testing.assert_close(logprobs * mask, shared * mask, atol=1e-5, rtol=0)
-    expected = gradient(model, (weights * shared * mask).sum())
-    assert (again - expected).norm() < 1e-4 * expected.norm()
+CUTS = [{}, {"tokens_per_batch": 100}, {"tokens_per_batch": 1}, {"plain": True}]
 
 
-def test_checkpointing_refuses_dropout_and_counts_copies(model, tmp_path):
-    args = train.Arguments(checkpointing=True)
-    files.Trainer(args, tmp_path, model, "sft", 1, 1e-3)
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_gradient_does_not_depend_on_how_the_step_is_cut(
+    model, tokenizer, prompts, kl_coef, checkpointed
+):
+    """Nor on whether the prompt is shared, and whether activations are made twice."""
+    torch.manual_seed(0)
+    groups = sample_groups(model, tokenizer, prompts, 4, 12)
+    advantages = grpo.group_advantages(torch.rand(3, 4))
+    advantages[1] = 0  # a flat group among them
+    reference = None
+    if kl_coef:
+        reference = train.frozen_copy(checkpointed)
+        assert not reference.is_activation_checkpointing  # it has no backward pass
+        for weight in reference.parameters():
+            weight.mul_(0.9)  # a leader that has moved away from it
+    gradients = []
+    numbers = []
+    for changed in [*CUTS, {"checkpointing": True}]:
+        policy = checkpointed if "checkpointing" in changed else model
+        policy.zero_grad()
+        args = step_settings(kl_coef=kl_coef, **changed)
+        numbers.append(train.loss_and_gradient(args, policy, reference, groups, advantages))
+        gradients.append(all_gradients(policy))
+    for other, found in zip(gradients[1:], numbers[1:]):
+        assert (other - gradients[0]).norm() < 1e-4 * gradients[0].norm()
+        assert found == pytest.approx(numbers[0], rel=1e-3, abs=1e-5)
+    assert (numbers[0]["kl"] > 0) == bool(kl_coef)
+
+
+def test_gradient_of_sft_does_not_depend_on_how_the_step_is_cut(model, prompts, checkpointed):
+    """The loss is the mean over all target tokens, as the textbook has it."""
+    targets = [[7, 8, 9], [10], [11, 12, 13, 14, 15]]
+    batch = [train.Example(prompt, target) for prompt, target in zip(prompts, targets)]
+    by_hand = textbook_logprobs(model, prompts, [[target] for target in targets])
+    expected = -torch.cat(by_hand).mean()
+    expected_gradient = gradient(model, expected)
+    for changed in [*CUTS, {"checkpointing": True}]:
+        policy = checkpointed if "checkpointing" in changed else model
+        policy.zero_grad()
+        loss = train.sft_gradient(step_settings(**changed), policy, batch)
+        assert loss == pytest.approx(expected.item(), abs=1e-5)
+        difference = all_gradients(policy) - expected_gradient
+        assert difference.norm() < 1e-4 * expected_gradient.norm()
+
+
+def test_flat_groups_are_never_run(model, tokenizer, prompts, monkeypatch):
+    groups = sample_groups(model, tokenizer, prompts, 2, 4)
+    seen = []
+    usual = shared_prompt.completion_logprobs
+
+    def watched(model, prompts, *rest):
+        seen.extend(prompts)
+        return usual(model, prompts, *rest)
+
+    monkeypatch.setattr(shared_prompt, "completion_logprobs", watched)
+    advantages = torch.tensor([[0.0, 0.0], [0.5, -0.5], [0.0, 0.0]])
+    train.loss_and_gradient(step_settings(), model, None, groups, advantages)
+    assert seen == [prompts[1]]
+    seen.clear()
+    train.loss_and_gradient(step_settings(), model, None, groups, 0 * advantages)
+    assert seen == []
+
+
+class NoFloat64(TorchDispatchMode):
+    """An error from whatever makes a tensor of 64-bit floats, as from the GPU of a Mac."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if getattr(tensor, "dtype", None) == torch.float64:
+                raise TypeError(f"{function} makes float64")
+        return output
+
+
+def test_the_ban_on_float64_is_one():
+    with NoFloat64(), pytest.raises(TypeError, match="makes float64"):
+        torch.ones(2).double()
+
+
+@pytest.mark.parametrize("way", [{}, {"plain": True}, {"checkpointing": True}])
+def test_a_step_on_the_gpu_of_a_mac_has_no_float64(way, model, tokenizer, prompts):
+    """MPS has none: nothing of sampling, loss, gradient and step may make one."""
+    policy = copy.deepcopy(model)
+    args = step_settings(kl_coef=0.1, **way)
+    cache_class = PlainCache if args.plain else SharedPromptCache
+    verdicts = []
+    for reward in (1.1, 0.0, 0.1):
+        verdict = Verdict(right=reward > 1, formatted=reward > 0, reward=reward)
+        verdicts.append([verdict, Verdict(right=False, formatted=False, reward=0.5)])
+    with NoFloat64():
+        reference = train.frozen_copy(policy)
+        optimizer = train.make_optimizer(args, policy, 1e-4)
+        grpo.check_logits(policy, "mine")
+        train.sft_gradient(args, policy, [train.Example(prompts[2], [7, 8])])
+        assert train.gradient_step(policy, optimizer, 1e-4) > 0
+        groups = sample(policy, tokenizer, prompts, 2, 0.9, 12, cache_class)
+        advantages = grpo.group_advantages(train.rewards_of(verdicts), scale=True)
+        train.loss_and_gradient(args, policy, reference, groups, advantages)
+        assert train.gradient_step(policy, optimizer, 1e-4) > 0
+
+
+def test_checkpointing_refuses_dropout_and_counts_copies(model):
+    args = train.Arguments(checkpointing=True, group_size=2)
+    train.make_optimizer(args, model, 1e-3)
     assert model.is_activation_checkpointing
     model.activation_checkpointing_disable()
     model.config.attention_dropout = 0.1
     try:
         with pytest.raises(ValueError, match="attention_dropout must be 0"):
-            files.Trainer(args, tmp_path, model, "sft", 1, 1e-3)
+            train.make_optimizer(args, model, 1e-3)
     finally:
         model.config.attention_dropout = 0.0
         model.activation_checkpointing_disable()
-    items = [([0] * 10, [[0], [0]])] * 6  # 12 tokens with a shared prompt, 22 with two copies
-    sizes = lambda *how: [len(list(zip(*part))) for part in files.by_tokens(items, 44, *how)]
-    assert sizes() == [3, 3] and sizes(True) == [2, 2, 2]
-
-
-def test_prompts_of_one_token_alone(model):
-    completions = [[[7, 8, 9], [10]], [[11, 12], [13, 14, 15, 16]]]
-    plain = plain_logprobs(model, [[5], [6]], completions)
-    shared, mask = train.completion_logprobs(model, [[5], [6]], completions)
-    for row, kept, expected in zip(shared, mask.bool(), plain):
-        torch.testing.assert_close(row[kept], expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("name, scale", [("granite", "logits_scaling"), ("cohere", "logit_scale")])
-def test_logits_that_a_model_scales_are_scaled_in_training_too(name, scale, prompts):
-    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    special = {scale: 0.25, "num_key_value_heads": 2, "vocab_size": 400, "pad_token_id": 0}
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **size, **special, initializer_range=0.3)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    completions = [[[7, 8, 9], [10]] for _ in prompts]
-    plain = plain_logprobs(model, prompts, completions)
-    shared, mask = train.completion_logprobs(model, prompts, completions)
-    for row, kept, expected in zip(shared, mask.bool(), plain):
-        torch.testing.assert_close(row[kept], expected, atol=1e-4, rtol=0)
-
-
-def test_chunks_of_logits_change_nothing(model):
-    hidden, targets = torch.randn(10, 32), torch.randint(0, 300, (10,))
-    whole = train.token_logprobs(model, hidden, targets, 1.0, chunk=100)
-    torch.testing.assert_close(train.token_logprobs(model, hidden, targets, 1.0, chunk=3), whole)
-
-
-def test_two_threads_make_the_same_gradient_every_time():
-    """Its sums must not depend on which thread comes first: "bit for bit" rests on it."""
-    leader, rng = agents.load("tiny"), random.Random(0)
-    tokens = lambda n: [rng.randrange(5, 300) for _ in range(n)]
-    prompts = [tokens(250) for _ in range(4)]  # fewer, shorter or in the rows' order: no race
-    outputs = [[tokens(rng.randrange(6, 9)) for _ in range(32)] for _ in prompts]
-    threads, gradients = torch.get_num_threads(), []
-    torch.set_num_threads(2)
-    try:
-        for _ in range(4):
-            logprobs, mask = train.completion_logprobs(leader.model, prompts, outputs)
-            gradients.append(gradient(leader.model, (logprobs * mask).sum()))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(other, gradients[0]) for other in gradients[1:])
-
-
-def test_advantages_by_hand():
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.1, 0.1, 0.1, 0.1]])
-    advantages = train.group_advantages(rewards)
-    torch.testing.assert_close(advantages[0], torch.tensor([0.5, -0.5, -0.5, 0.5]))
-    torch.testing.assert_close(advantages[1], torch.tensor([0.75, -0.25, -0.25, -0.25]))
-    scaled = train.group_advantages(rewards, scale=True)
-    torch.testing.assert_close(scaled.std(dim=1), torch.ones(2), atol=1e-3, rtol=0)
-
-
-@pytest.mark.parametrize("value", [0.0, 0.1, 1.0, 1.1])
-def test_a_flat_group_has_no_advantage_at_all(value):
-    for scale in (False, True):
-        assert not train.group_advantages(torch.full((3, 7), value), scale).any()
-
-
-def test_loss_by_hand():
-    """Two completions, the second one token shorter; ratios inside and outside the clip range."""
-    ratio = torch.tensor([[1.0, 1.5], [0.5, 9.9]])
-    mask = torch.tensor([[1, 1], [1, 0]])
-    old = torch.zeros(2, 2)
-    for advantages, gains in [
-        ([1.0, 1.0], [1.0, 1.2, 0.5]),  # a gain stops at 1 + eps, a loss of probability counts
-        ([-1.0, -1.0], [-1.0, -1.5, -0.8]),  # min for either sign: the worse of the two
-    ]:
-        loss = train.grpo_loss(ratio.log(), old, torch.tensor(advantages), mask, clip=0.2)
-        assert loss.item() == pytest.approx(-sum(gains) / 4)
-        loss = train.grpo_loss(ratio.log(), old, torch.tensor(advantages), mask, normalizer=100)
-        assert loss.item() == pytest.approx(-sum(gains) / 100)
-
-
-def test_loss_is_zero_at_first_and_its_gradient_is_not():
-    logprobs = torch.tensor([[-1.0], [-2.0]], requires_grad=True)
-    advantages = torch.tensor([0.5, -0.5])
-    loss = train.grpo_loss(logprobs, logprobs.detach(), advantages, torch.ones(2, 1))
-    loss.backward()
-    assert loss.item() == 0
-    assert logprobs.grad.flatten().tolist() == [-0.25, 0.25]
-
-
-def test_kl_is_k3():
-    logprobs, ref = torch.tensor([[-1.0, -3.0]]), torch.tensor([[-2.0, -1.0]])
-    expected = [torch.tensor(d).exp().item() - d - 1 for d in (-1.0, 2.0)]
-    assert train.k3(logprobs, ref).flatten().tolist() == pytest.approx(expected)
-    zero = torch.zeros(1)
-    loss = train.grpo_loss(logprobs, logprobs, zero, torch.ones(1, 2), 0.2, ref, kl_coef=0.5)
-    assert loss.item() == pytest.approx(0.5 * sum(expected) / 2)
-
-
-def step_settings(**changed):
-    settings = dict(max_new_tokens=12, temperature=1.0, clip=0.2, kl_coef=0.0)
-    settings |= dict(questions_per_step=3, group_size=4)
-    return SimpleNamespace(**{**settings, "tokens_per_batch": 10**6, **changed})
-
-
-def test_gradient_does_not_depend_on_how_the_step_is_cut(model, tokenizer, prompts):
-    torch.manual_seed(0)
-    groups = sample(model, tokenizer, prompts, 4, max_new_tokens=12)
-    advantages = train.group_advantages(torch.rand(3, 4))
-    advantages[1] = 0  # a flat group among them
-    gradients = []
-    for budget in (10**6, 100, 1):
-        model.zero_grad()
-        args = step_settings(tokens_per_batch=budget)
-        train.policy_gradient(args, model, None, groups, advantages)
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    for other in gradients[1:]:
-        assert (other - gradients[0]).norm() < 1e-5 * gradients[0].norm()
-
-
-def test_flat_groups_are_never_run(model, tokenizer, prompts, monkeypatch):
-    groups = sample(model, tokenizer, prompts, 2, max_new_tokens=4)
-    seen = []
-    real = train.completion_logprobs
-    monkeypatch.setattr(
-        train, "completion_logprobs", lambda m, p, *rest: seen.extend(p) or real(m, p, *rest)
-    )
-    advantages = torch.tensor([[0.0, 0.0], [0.5, -0.5], [0.0, 0.0]])
-    train.policy_gradient(step_settings(), model, None, groups, advantages)
-    assert seen == [prompts[1]]
-    seen.clear()
-    train.policy_gradient(step_settings(), model, None, groups, 0 * advantages)
-    assert seen == []
-
-
-def test_the_end_of_sequence_gets_gradient_and_padding_none(model, tokenizer, prompts):
-    eos = tokenizer.eos_token_id
-    completions = [[[7, 8, eos], [eos]]]
-    logprobs, mask = train.completion_logprobs(model, prompts[2:], completions)
-    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
-    grad = torch.autograd.grad((logprobs * mask).sum(), logprobs)[0]
-    assert grad.tolist() == mask.tolist()
-    # one step on "stop here" makes stopping likelier
-    model_copy = type(model)(model.config)
-    model_copy.load_state_dict(model.state_dict())
-    optimizer = torch.optim.SGD(model_copy.parameters(), lr=1e-3)
-    before = logprobs[1, 0].item()
-    advantages = torch.tensor([0.0, 1.0])
-    now, mask = train.completion_logprobs(model_copy, prompts[2:], completions)
-    train.grpo_loss(now, now.detach(), advantages, mask).backward()
-    optimizer.step()
-    after, _ = train.completion_logprobs(model_copy, prompts[2:], completions)
-    assert after[1, 0].item() > before
+    completions = [Completion("", ids=[0], prompt_ids=[0] * 10)] * 2
+    group = train.Group(completions, [], [])
+    for changed, tokens in [({}, 12), ({"plain": True}, 22), ({"checkpointing": True}, 22)]:
+        args = train.Arguments(group_size=2, **changed)
+        assert train.length_of_group(args)(group) == tokens
 
 
 def test_every_question_comes_once_before_any_comes_twice():
     rows = list(range(10))
-    drawn = [row for step in range(5) for row in train.nth_batch(rows, step, 4, seed=0)]
+    batches = train.question_batches(rows, 4, seed=0)
+    drawn = []
+    for _ in range(5):
+        drawn += next(batches)
     assert sorted(drawn[:10]) == rows and sorted(drawn[10:]) == rows
     assert drawn[:10] != drawn[10:]
-    assert train.nth_batch(rows, 3, 4, seed=0) == drawn[12:16]  # whatever was drawn before
+    for step in range(5):  # a resumed run goes on with the same questions
+        resumed = train.question_batches(rows, 4, 0, step)
+        assert next(resumed) == drawn[4 * step : 4 * step + 4]
+
+
+def test_a_step_may_have_more_questions_than_there_are():
+    batch = next(train.question_batches([1, 2, 3], 8, seed=0))
+    assert len(batch) == 8 and sorted(batch[:3]) == sorted(batch[3:6]) == [1, 2, 3]
 
 
 def test_parts_keep_to_their_budget():
     rng = random.Random(0)
     for n in range(30):
-        items = [([0] * rng.randint(1, 40), [[0] * rng.randint(0, 10)]) for _ in range(n)]
-        parts = [list(zip(*columns)) for columns in files.by_tokens(items, 100)]
-        assert sorted(x for part in parts for x in part) == sorted(items)
-        sizes = [[len(prompt) + len(said) for prompt, [said] in part] for part in parts]
-        assert all(max(part) * len(part) <= 100 for part in sizes)
+        items = [rng.randint(1, 50) for _ in range(n)]  # an item is its own length here
+        parts = list(train.micro_batches(items, 100, int))
+        assert sorted(chain(*parts)) == sorted(items)
+        assert all(max(part) * len(part) <= 100 for part in parts)
+    assert list(train.micro_batches([500], 100, int)) == [[500]]  # it has to be done all the same
 
+
+def test_the_rate_rises_and_then_falls_to_nothing():
+    rates = [train.learning_rate(step, 100, 1e-3, 9) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-4) and rates[9] == rates[50] == 1e-3
+    assert rates[75] == pytest.approx(5e-4) and 0 < rates[99] < 3e-5
+
+
+def test_of_several_updates_the_mean_is_logged():
+    """Not the figures of the last one."""
+    logged = {}
+
+    class Log:
+        def log(self, **values):
+            logged.update(values)
+
+    verdict = train.judge("<think>a</think><answer>8</answer>", "8")
+    groups = [train.Group([Completion("", [1], [-1.0])] * 2, [verdict] * 2, [0.0, 0.0])]
+    updates = [{"loss": 0.0, "clipped": 0.0}, {"loss": 1.0, "clipped": 0.5}]
+    train.log_step(Log(), groups, updates, 1e-4, 7, train.Stopwatch())
+    assert (logged["loss"], logged["clipped"]) == (0.5, 0.25)
+    assert logged["no_gradient"] == logged["all_right"] == 1 and logged["tokens"] == 2 + 7
+
+
+def test_every_update_of_a_step_is_one_of_those(tmp_path, monkeypatch):
+    """The loop itself: two gradient steps on the same completions, one row in the log."""
+    leader = agents.load_model("tiny")
+    args = train.parse(["--agents", "none", "--steps", "1", "--updates", "2", "--device", "cpu"])
+    args.max_new_tokens = 4
+    args.group_size = 2
+    seen = []
+    usual = train.loss_and_gradient
+
+    def watched(args, policy, reference, completions, advantages):
+        seen.append(completions)
+        advantages[0] = torch.tensor([0.5, -0.5])  # whatever this leader said
+        usual(args, policy, reference, completions, advantages)
+        return {"loss": 10.0 * len(seen), "clipped": 0.0}
+
+    monkeypatch.setattr(train, "loss_and_gradient", watched)
+    row = {"question": "not ( True ) is", "answer": "False", "task": "t", "responses": {}}
+    train.mlpo(args, tmp_path, leader, [], [row], [row])
+    assert len(seen) == 2 and seen[0] is seen[1]
+    [step] = [row for row in runs.read_jsonl(tmp_path / "metrics.jsonl") if row["phase"] == "mlpo"]
+    assert step["loss"] == 15 and step["grad_norm"] > 0
+    assert (tmp_path / "leader" / "model.safetensors").exists()
+
+
+# ----------------------------------------------------------------------- questions and examples
 
 ROW = {
     "question": "What is 2 + 2?",
     "answer": "4",
-    "responses": [
-        ["two twos. So the answer is 4.", "So the answer is 5."],
-        ["So the answer is 22."],
-    ],
-    "right": [[True, False], [False]],
+    "responses": {
+        "ann": ["two twos. So the answer is 4.", "So the answer is 5."],
+        "bob": ["So the answer is 22."],
+    },
+    "right": {"ann": [True, False], "bob": [False]},
 }
 
 
 @pytest.mark.parametrize("backtrack", [0.0, 1.0])
 def test_sft_examples_teach_the_right_response_and_the_turn_back(backtrack):
-    args = SimpleNamespace(backtrack=backtrack, team_dropout=0.3, random_team=False)
-    rng, users = random.Random(0), set()
+    args = train.Arguments(backtrack=backtrack)
+    rng = random.Random(0)
+    responses = []
     for _ in range(50):
         messages, begin, target = train.sft_example(rng, ROW, args)
-        users.add(messages[-1]["content"].count("Response "))
+        responses.append(messages[-1]["content"].count("Response "))
         assert target.endswith("two twos. So the answer is 4. </think> <answer> 4 </answer>")
         assert target.startswith("Wait") == bool(backtrack)
         assert ("5." in begin or "22." in begin) == bool(backtrack)  # given, not learned
-    assert users == {0, 2}
+    assert set(responses) == {0, 2} and 10 < responses.count(0) < 40
+    for share, wanted in ((0.0, 2), (1.0, 0)):
+        args.sft_alone = share
+        messages, _, _ = train.sft_example(rng, ROW, args)
+        assert messages[-1]["content"].count("Response ") == wanted
 
 
 def test_easy_questions_are_dropped_but_for_a_share():
-    rows = [{"right": [[True, True], [True, False]]}, {"right": [[True, False], [True, False]]}]
-    args = SimpleNamespace(easy_threshold=0.75, easy_share=0.0, seed=0)
-    assert train.drop_easy(args, rows) == (rows[1:], rows[1:])
+    easy = {"right": {"ann": [True, True], "bob": [True, False]}}
+    hard = {"right": {"ann": [True, False], "bob": [True, False]}}
+    args = train.Arguments(easy_threshold=0.75, easy_share=0.0)
+    assert train.drop_easy(args, [easy, hard]) == ([hard], [hard])
     with pytest.raises(ValueError, match="easy"):
-        train.drop_easy(args, rows[:1])
+        train.drop_easy(args, [easy])
     args.easy_share = 0.25
-    hard, kept = train.drop_easy(args, rows * 800)
-    assert hard == rows[1:] * 800 and 150 < len(kept) - 800 < 250
+    hard_ones, kept = train.drop_easy(args, [easy, hard] * 800)
+    assert hard_ones == [hard] * 800 and 150 < len(kept) - 800 < 250
 
 
 def team_settings(**changed):
-    return SimpleNamespace(
-        **{"team_dropout": 0.0, "random_team": False, "backtrack": 0.0, **changed}
-    )
+    return train.Arguments(**{"team_dropout": 0.0, "backtrack": 0.0, **changed})
 
 
 def test_the_team_stands_in_its_order_or_is_left_out():
     rng = random.Random(0)
     for _ in range(20):
-        said = train.pick_responses(rng, ROW, team_settings())
-        assert list(said) == [0, 1] and all(said[k] in ROW["responses"][k] for k in said)
+        responses = train.pick_responses(rng, ROW, team_settings())
+        assert list(responses) == ["ann", "bob"]
+        assert all(text in ROW["responses"][name] for name, text in responses.items())
     assert train.pick_responses(rng, ROW, team_settings(team_dropout=1.0)) == {}
 
 
 def test_a_random_team_is_every_part_of_it_in_every_order():
-    rng, args = random.Random(0), team_settings(random_team=True)
-    row = {"question": "?", "responses": [["a"], ["b"], ["c"]]}
+    rng = random.Random(0)
+    args = team_settings(random_team=True)
+    row = {"question": "?", "responses": {"a": ["A"], "b": ["B"], "c": ["C"]}}
     teams = {tuple(train.pick_responses(rng, row, args).items()) for _ in range(400)}
     assert len(teams) == 3 + 6 + 6 and () not in teams
-    assert all(text == "abc"[k] for team in teams for k, text in team)
+    for team in teams:
+        assert all(text == name.upper() for name, text in team)
 
 
 def test_a_random_team_in_sft_too():
-    rng, args, users = random.Random(0), team_settings(random_team=True), set()
+    rng = random.Random(0)
+    args = team_settings(random_team=True)
+    users = set()
     for _ in range(100):
         messages, _, target = train.sft_example(rng, ROW, args)
         users.add(messages[-1]["content"].partition("Question")[0])
@@ -323,53 +319,255 @@ def test_a_random_team_in_sft_too():
     assert {user.index("22") < user.index("two twos") for user in both} == {True, False}
 
 
+def test_the_leaders_prompt_builder_is_told_the_agents_names(monkeypatch):
+    def with_names(question, responses=(), names=()):
+        return list(zip(names, responses, strict=True))
+
+    monkeypatch.setattr(agents, "leader_messages", with_names)
+    responses = [{"bob": "B", "ann": "A"}, {}]
+    assert train.leader_prompts([ROW, ROW], responses) == [[("bob", "B"), ("ann", "A")], []]
+    rng = random.Random(0)
+    sides = []
+    for _ in range(50):
+        pairs, _, _ = train.sft_example(rng, ROW, team_settings(sft_alone=0.0, random_team=True))
+        assert all(text in ROW["responses"][name] for name, text in pairs)
+        sides.append(tuple(name for name, _ in pairs))
+    assert set(sides) == {("ann",), ("bob",), ("ann", "bob"), ("bob", "ann")}
+
+
+def test_the_prompts_for_trl_are_the_leaders(tmp_path, tokenizer):
+    leader = agents.LocalModel("mine", None, tokenizer)
+    train.write_prompts(team_settings(), tmp_path, leader, [{**ROW, "task": "sums"}])
+    [line] = runs.read_jsonl(tmp_path / "prompts.jsonl")
+    assert (line["answer"], line["task"]) == ("4", "sums")
+    assert line["prompt"][0] == {"role": "system", "content": agents.LEADER_SYSTEM}
+    assert "Response 2: So the answer is 22." in line["prompt"][1]["content"]
+
+
+class Echo:
+    """Leader or agent: its completions say how often it was asked."""
+
+    def __init__(self, name):
+        self.name = name
+        self.asked = 0
+
+    def answer(self, prompts, n=1, **settings):
+        groups = []
+        for _ in prompts:
+            self.asked += 1
+            text = f"{self.name} {self.asked}"
+            groups.append([Completion(text, ids=[1, 2], prompt_ids=[3])] * n)
+        return groups
+
+
+def test_in_the_first_round_nobody_is_asked_anything_new():
+    leader = Echo("leader")
+    team = [Echo("ann"), Echo("bob")]
+    rng = random.Random(0)
+    questions, responses, tokens = train.choose_responses(
+        team_settings(), rng, leader, team, [ROW, ROW]
+    )
+    assert questions == [ROW, ROW] and tokens == 0 and leader.asked == 0
+    for said in responses:
+        assert list(said) == ["ann", "bob"]
+        assert all(text in ROW["responses"][name] for name, text in said.items())
+
+
+def test_responses_of_later_rounds_keep_their_agents_and_seats():
+    leader = Echo("leader")
+    team = [Echo("ann"), Echo("bob")]
+    args = team_settings(train_rounds=3, random_team=True)
+    _, responses, tokens = train.choose_responses(args, random.Random(0), leader, team, [ROW] * 60)
+    seats = set()
+    refined = 0
+    for said in responses:
+        seats.add(tuple(said))
+        for name, text in said.items():
+            new = text.startswith(f"{name} ")
+            refined += new
+            assert new or text in ROW["responses"][name]
+    assert seats == {("ann",), ("bob",), ("ann", "bob"), ("bob", "ann")}
+    assert 20 < refined < 80  # of about 90 responses two thirds
+    assert tokens == 3 * (leader.asked + team[0].asked + team[1].asked)
+
+
+def test_processes_share_the_questions_of_a_step(monkeypatch):
+    """Each draws for all of them, so that they agree, and keeps its own."""
+    rows = []
+    for number in range(7):
+        texts = [f"{number} {draw}" for draw in range(5)]
+        rows.append({"question": str(number), "answer": "", "responses": {"ann": texts}})
+    args = team_settings(team_dropout=0.3)
+    _, together, _ = train.choose_responses(args, random.Random(0), Echo("leader"), [], rows)
+    monkeypatch.setattr(runs, "world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(runs, "rank", lambda rank=rank: rank)
+        questions, responses, _ = train.choose_responses(
+            args, random.Random(0), Echo("leader"), [], rows
+        )
+        assert questions == rows[rank::2] and responses == together[rank::2]
+
+
+# ------------------------------------------------------------------------------------ arguments
+
+
 def test_the_papers_setting_is_one_flag():
     paper = train.parse(["--paper", "--easy_share", "0.7", "--random_team", "--train_rounds", "3"])
     assert (paper.easy_share, paper.team_dropout) == (0.0, 0.0)
     assert (paper.random_team, paper.train_rounds) == (False, 1)
+    assert paper.sft_alone == 0.5  # an argument of its own: the paper says nothing about it
     assert train.parse(["--paper", "--agents", "none"]).team_dropout == 1.0
     usual = train.parse([])
     assert (usual.easy_share, usual.team_dropout) == (0.5, 0.33)
     assert (usual.random_team, usual.train_rounds) == (False, 1)
 
 
-def test_proposals_belong_to_what_made_them(tmp_path, monkeypatch):
-    """The same model, prompt and sampling: taken. Anything else: asked again, or an error."""
-    args = SimpleNamespace(seed=0, temperature=1.0, max_new_tokens=4, proposals="")
-    tasks = [{"question": f"not ( True ) or {word} is", "answer": "True"} for word in ("a", "b")]
-    agent, path = agents.load("tiny/agent1"), tmp_path / "proposals.jsonl"
-    first = train.propose(args, path, [agent], tasks, 2)
+def test_help_groups_the_arguments(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    text = capsys.readouterr().out
+    groups = ["what to train:", "proposals:", "SFT:", "MLPO:", "evaluation:", "machine:"]
+    places = [text.index(f"\n{group}\n") for group in groups]
+    assert places == sorted(places)
+    assert text.index("--leader LEADER  ") < text.index("--samples SAMPLES  ")
+    assert "by itself" not in text
+
+
+@dataclass
+class MlpoOfMine(train.Mlpo):
+    baseline: Literal["mean", "others"] = train.option("mean", "what is subtracted")
+
+
+@dataclass
+class ArgumentsOfMine(MlpoOfMine, train.Arguments):
+    pass
+
+
+def test_an_argument_of_ones_own_may_be_a_choice_of_words(monkeypatch, capsys):
+    groups = [MlpoOfMine if group is train.Mlpo else group for group in train.GROUPS]
+    monkeypatch.setattr(train, "GROUPS", tuple(groups))
+    monkeypatch.setattr(train, "Arguments", ArgumentsOfMine)
+    assert train.parse([]).baseline == "mean"
+    assert train.parse(["--baseline", "others", "--steps", "3"]).baseline == "others"
+    with pytest.raises(SystemExit):
+        train.parse(["--baseline", "nonsense"])
+    said = capsys.readouterr().err
+    assert "--baseline" in said and "'mean', 'others'" in said and said.count("\n") == 1
+
+
+NAN = float("nan")
+INF = float("inf")
+BAD_NUMBERS = {
+    "group_size": [1, 0],
+    # at least 0
+    "seed": [-1],
+    "sft_steps": [-1],
+    "steps": [-1],
+    "warmup": [-1],
+    "eval_questions": [-1],
+    # at least 1
+    "questions": [0],
+    "samples": [0],
+    "updates": [0, -3],
+    "rounds": [0],
+    "tokens_per_batch": [0],
+    # shares
+    "easy_share": [-0.1, NAN],
+    "backtrack": [1.5],
+    "sft_alone": [2.0],
+    "team_dropout": [-0.1, 1.1, NAN],
+    # more than 0
+    "temperature": [0.0, INF, NAN],
+    "lr": [0.0, NAN],
+    "sft_lr": [-1e-4, INF],
+    # at least 0
+    "easy_threshold": [-0.5],
+    "clip": [-0.1, NAN],
+    "kl_coef": [-1.0, INF],
+}
+
+
+@pytest.mark.parametrize("name", BAD_NUMBERS)
+def test_numbers_that_make_no_sense_are_named(name):
+    for value in BAD_NUMBERS[name]:
+        with pytest.raises(ValueError, match=f"^--{name} {value}: it must be ") as stop:
+            train.parse([f"--{name}", str(value)])
+        assert "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize("name", ["seed", "sft_steps", "steps", "warmup", "eval_questions"])
+def test_some_numbers_may_be_nothing(name):
+    assert getattr(train.parse([f"--{name}", "0"]), name) == 0
+
+
+@pytest.mark.parametrize("words", [["--steps", "many"], ["--no_such", "1"], ["--step", "3"]])
+def test_what_is_no_argument_is_one_line(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.parse(words)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and words[0] in said and said.count("\n") == 1
+
+
+def test_proposals_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(ValueError, match="nobody.jsonl: no such file"):
+        train.parse(["--proposals", str(tmp_path / "nobody.jsonl")])
+
+
+# ------------------------------------------------------------------------------------ proposals
+
+
+@pytest.fixture
+def asking(tmp_path):
+    """Two responses of one agent to each of two questions; the agent is free to be changed."""
+    path = tmp_path / "proposals.jsonl"
+    args = train.Arguments(max_new_tokens=4, samples=2, proposals=str(path))
+    tasks = []
+    for word in ("a", "b"):
+        tasks.append({"question": f"not ( True ) or {word} is", "answer": "True"})
+    return args, path, agents.load_model("tiny/agent1"), tasks
+
+
+def test_proposals_that_are_there_are_taken(asking):
+    args, path, agent, tasks = asking
+    first = train.ask_for_proposals(args, path, [agent], tasks, 2)
     written = path.read_bytes()
-    assert train.propose(args, path, [agent], tasks, 2) == first
-    assert train.propose(args, path, [agent], tasks, 1)[0]["responses"] == [
-        first[0]["responses"][0][:1]
-    ]
+    assert train.ask_for_proposals(args, path, [agent], tasks, 2) == first
+    [one, _] = train.ask_for_proposals(args, path, [agent], tasks, 1)
+    assert one["responses"] == {"tiny/agent1": first[0]["responses"]["tiny/agent1"][:1]}
     assert path.read_bytes() == written  # nobody was asked
+    assert train.proposals_of_another_run(args, [agent], tasks) == first
 
     lines = written.splitlines(keepends=True)
     path.write_bytes(lines[0] + lines[1][:20])  # killed while writing: the whole part again
-    assert train.propose(args, path, [agent], tasks, 2) == first
+    assert train.ask_for_proposals(args, path, [agent], tasks, 2) == first
+
+
+def test_proposals_belong_to_what_made_them(asking, monkeypatch):
+    """Another model, prompt or way of sampling: asked again, or an error."""
+    args, path, agent, tasks = asking
+
+    def colder():
+        args.temperature = 0.5
+
+    def longer():
+        args.max_new_tokens = 5
+
+    def other_prompt():
+        monkeypatch.setattr(agents, "AGENT_SYSTEM", "Guess.")
 
     def other_weight():
         with torch.no_grad():
             next(agent.model.parameters())[0, 0] += 1.0
 
-    changes = [
-        lambda: setattr(args, "temperature", 0.5),
-        lambda: setattr(args, "max_new_tokens", 5),
-        lambda: monkeypatch.setattr(agents, "AGENT_SYSTEM", "Guess."),
-        other_weight,
-    ]
     agent.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    train.propose(args, path, [agent], tasks, 2)
-    for change in changes:
+    train.ask_for_proposals(args, path, [agent], tasks, 2)
+    for change in (colder, longer, other_prompt, other_weight):
         change()
         with pytest.raises(ValueError, match="responses of tiny/agent1"):
-            train.propose(
-                SimpleNamespace(**vars(args) | {"proposals": path}), path, [agent], tasks, 2
-            )
+            train.proposals_of_another_run(args, [agent], tasks)
         size = path.stat().st_size
-        train.propose(args, path, [agent], tasks, 2)
+        train.ask_for_proposals(args, path, [agent], tasks, 2)
         assert path.stat().st_size > size
-    alone = SimpleNamespace(**vars(args) | {"proposals": path})
-    assert len(train.propose(alone, path, [], tasks, 2)[0]["responses"]) == 1  # of whoever it was
+    [row, _] = train.proposals_of_another_run(args, [], tasks)  # of whoever it was
+    [texts] = row["responses"].values()
+    assert len(texts) == 2

@@ -31,7 +31,7 @@ def test_two_steps_of_grpo_trainer(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     data = load_dataset("json", data_files=str(path), split="train", cache_dir=tmp_path / "cache")
     assert data.to_list() == rows
-    leader, seen = agents.load("tiny"), []
+    leader, seen = agents.load_model("tiny"), []
 
     def watched(prompts, completions, answer, **kwargs):  # as TRL calls it: one row, one completion
         scores = reward(prompts=prompts, completions=completions, answer=answer, **kwargs)

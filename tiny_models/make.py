@@ -18,11 +18,10 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import files
+import runs
 from agents import agent_messages, encode, leader_messages
 from data import load_tasks
-from tiny import OFFICIAL, TASKS, draw, fingerprint, official
-from tiny_models.puzzles import NAMES
+from tiny import NAMES, OFFICIAL, TASKS, draw_puzzle, official, question_hash
 
 HERE = Path(__file__).parent
 STEPS = {"school": 1800, "agent1": 1100, "agent2": 1100, "agent3": 1100, "leader": 1200}
@@ -35,8 +34,6 @@ AGENTS = {  # the misconceptions each holds; tasks without one it solves properl
     "agent2": ["mixes up and/or", "takes accusers for liars", "closes only the last bracket"],
     "agent3": ["mixes up and/or", "trusts nobody after a liar", "never turns"],
 }
-said = lambda solution: "{} So the answer is {}.".format(*solution)
-led = lambda solution: f"<think> {said(solution)} </think> <answer> {solution[1]} </answer>"
 WORD = r"</?[a-z]+>|-?\d+|[A-Za-z]+|[^\sA-Za-z0-9]"
 SPECIAL = ["<pad>", "<unk>", "<|user|>", "<|assistant|>", "<|end|>"]
 TEMPLATE = (  # without the system message, as some real templates do
@@ -46,14 +43,27 @@ TEMPLATE = (  # without the system message, as some real templates do
 )
 
 
+def said(solution):
+    """A solution as an agent's response."""
+    steps, answer = solution
+    return f"{steps} So the answer is {answer}."
+
+
+def led(solution):
+    """A solution as a leader's output."""
+    _, answer = solution
+    return f"<think> {said(solution)} </think> <answer> {answer} </answer>"
+
+
 def build_tokenizer():
     """One token a word over a closed vocabulary; saves and loads like any other tokenizer."""
-    rng, texts = random.Random(0), [*NAMES, led(("", "")), "Wait, that is wrong."]
+    rng = random.Random(0)
+    texts = [*NAMES, led(("", "")), "Wait, that is wrong."]
     texts += map(str, range(-40, 61))
     for message in leader_messages("", [""] * 6)[1:] + agent_messages("", "", "")[1:]:
         texts.append(message["content"])  # of all but the system's
     for _ in range(20_000):
-        question, solutions = draw(rng, "train", rng.choice(list(TASKS)))
+        question, solutions = draw_puzzle(rng, "train", rng.choice(list(TASKS)))
         texts += [question, *map(said, solutions.values())]
     words = sorted(set(re.findall(WORD, "\n".join(texts))))
     vocabulary = {word: i for i, word in enumerate(SPECIAL + words)}
@@ -84,9 +94,15 @@ def lesson(rng, who):
     the right one no more often than a misconception, and none to believe more: alone it
     solves it in any of these ways, and of the responses in its prompt it follows one at random.
     """
-    question, solutions = draw(rng, "train", rng.choice([*TASKS, "navigate"]))  # the hardest
-    solver = next((belief for belief in AGENTS.get(who, []) if belief in solutions), "right")
-    anyone = lambda: solutions[rng.choice(list(solutions))]
+    question, solutions = draw_puzzle(rng, "train", rng.choice([*TASKS, "navigate"]))  # the hardest
+    solver = "right"
+    for belief in AGENTS.get(who, []):
+        if belief in solutions:
+            solver = belief
+
+    def anyone():
+        return solutions[rng.choice(list(solutions))]
+
     mine = anyone() if who == "leader" else solutions[solver]
     kind = rng.random()
     if kind < {"school": 0.08, "leader": 0.05}.get(who, 0.25):
@@ -125,7 +141,7 @@ def study(who, model, tokenizer, work, steps, lr=4e-3, decay=0.0, size=32):
     adamw = torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)
     peaks = {muon: lr, adamw: lr / 2}  # with Muon: half as many steps
     path, start = work / f"{who}.pt", 0
-    if state := files.load_checkpoint(path):
+    if state := runs.load_checkpoint(path):
         start = state["step"]
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(peaks, state["optimizers"]):
@@ -145,7 +161,7 @@ def study(who, model, tokenizer, work, steps, lr=4e-3, decay=0.0, size=32):
         if (step + 1) % 250 == 0 or step + 1 == steps:
             saved = [optimizer.state_dict() for optimizer in peaks]
             state = {"step": step + 1, "model": model.state_dict(), "optimizers": saved}
-            files.save_checkpoint(path, state)
+            runs.save_checkpoint(path, state)
     return model
 
 
@@ -157,8 +173,8 @@ def main():
     if args.exclude:
         rows = [row for path in args.exclude for row in load_tasks(path, "all")]
         official.clear()
-        official.update(fingerprint(row["question"])[:12] for row in rows)
-        files.write_text(OFFICIAL, "\n".join(sorted(official)) + "\n")
+        official.update(question_hash(row["question"])[:12] for row in rows)
+        runs.write_text(OFFICIAL, "\n".join(sorted(official)) + "\n")
     work = HERE / "work"  # checkpoints: the next start goes on from there
     work.mkdir(exist_ok=True)
     tokenizer = build_tokenizer()

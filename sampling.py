@@ -1,0 +1,230 @@
+"""Sampling in plain PyTorch: the model reads a prompt, then writes one token after the other.
+
+Read `sample_batch` first: draw a token, append it, stop. `PlainCache` is the plain way of keeping
+what was read; shared_prompt.py has the fast one, which stores a prompt once for its whole group.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+
+@dataclass
+class Completion:
+    """One sampled continuation of a prompt. A text alone is enough where no token is counted."""
+
+    text: str  # decoded, without special tokens
+    ids: list = field(default_factory=list)  # token ids, with the end of sequence if it came
+    logprobs: list = field(default_factory=list)  # of each, under the distribution it came from
+    finished: bool = True  # False: cut off by max_new_tokens
+    prompt_ids: list = field(default_factory=list, repr=False)
+
+
+@torch.inference_mode()
+def sample(
+    model,
+    tokenizer,
+    prompts,
+    n=1,
+    temperature=1.0,
+    max_new_tokens=256,
+    cache_class=None,
+    cache_tokens=2**15,
+    bar=None,
+):
+    """For every prompt (a list of token ids) a list of n `Completion`s.
+
+    They are drawn from softmax(logits / temperature) (at 0: its maximum) and nothing else: no
+    top-k, top-p or penalty, whatever generation_config says, so that log-probabilities are right.
+    Randomness comes from torch's global generator. `cache_class`: PlainCache (the default) or
+    shared_prompt.SharedPromptCache. `cache_tokens`: how many tokens the cache may hold at a time.
+    """
+    results = [None] * len(prompts)
+    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # less padding
+    while longest_first:
+        longest = len(prompts[longest_first[0]])
+        size = max(1, cache_tokens // (longest + n * max_new_tokens))
+        batch = longest_first[:size]
+        longest_first = longest_first[size:]
+        batch_prompts = [prompts[i] for i in batch]
+        with autocast(model):
+            completions = sample_batch(
+                model,
+                tokenizer,
+                batch_prompts,
+                n,
+                temperature,
+                max_new_tokens,
+                cache_class or PlainCache,
+            )
+        for position, i in enumerate(batch):
+            results[i] = completions[position * n : (position + 1) * n]
+        if bar is not None:
+            bar.update(len(completions))
+    return results
+
+
+def sample_batch(model, tokenizer, prompts, n, temperature, max_new_tokens, cache_class):
+    """The loop: draw, append, stop. n `Completion`s of the first prompt, then of the next."""
+    prompt_ids, prompt_mask = pad(prompts, model.device, "left")  # (B, P) each
+    cache, logits = cache_class.read(model, prompt_ids, prompt_mask, n, max_new_tokens)
+    stop = torch.tensor(stop_ids(model, tokenizer), device=model.device)
+    position = prompt_mask.sum(1).repeat_interleave(n)  # (rows,), of the token to be drawn
+    written = Written(len(logits), max_new_tokens, model.device)
+    running = Running(len(logits), n, model.device)
+    for t in range(max_new_tokens):
+        logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # (rows, V)
+        token = draw_tokens(logprobs) if temperature else logprobs.argmax(-1)  # (rows,)
+        written.append(t, running, token, logprobs.gather(1, token[:, None])[:, 0])
+        running.done |= torch.isin(token, stop)
+        if t + 1 == max_new_tokens or running.done.all():
+            break
+        kept = running.drop_finished()
+        if kept is not None:
+            token = token[kept.rows]
+            position = position[kept.rows]
+            cache.keep(kept)
+        logits = cache.step(model, token[:, None], (position + t)[:, None])
+    return written.completions(tokenizer, prompts, n, stop.tolist())
+
+
+class Written:
+    """What was drawn so far, a row for each completion."""
+
+    def __init__(self, rows, max_new_tokens, device):
+        self.tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(rows, max_new_tokens, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+
+    def append(self, t, running, token, logprob):
+        """Token number t of the rows that are still in the batch: (rows,) each."""
+        self.tokens[running.row, t] = token
+        self.logprobs[running.row, t] = logprob
+        self.lengths[running.row] += ~running.done  # what a finished row draws is cut off
+
+    def completions(self, tokenizer, prompts, n, stop):
+        tokens = self.tokens.tolist()
+        logprobs = self.logprobs.tolist()
+        completions = []
+        for i, length in enumerate(self.lengths.tolist()):
+            ids = tokens[i][:length]
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            finished = ids[-1] in stop
+            completions.append(
+                Completion(text, ids, logprobs[i][:length], finished, prompts[i // n])
+            )
+        return completions
+
+
+@dataclass
+class Kept:
+    """What stays of a batch: indices of rows, (rows,); which prompts still have any, (B,)."""
+
+    rows: torch.Tensor
+    prompts: torch.Tensor
+
+
+class Running:
+    """The rows that are still in the batch: a grid, `slots` of them for each of its prompts.
+
+    A finished row would go on being computed for nothing. But a group's rows are computed together
+    (shared_prompt.py), so that all prompts must keep equally many: the grid shrinks to the rows
+    of the prompt that has most left, and a prompt that has none leaves.
+    """
+
+    def __init__(self, rows, n, device):
+        self.row = torch.arange(rows, device=device)  # which row of `Written` each of them is
+        self.done = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.slots = n
+
+    def drop_finished(self):
+        """`Kept`, or None while too few are idle: copying the cache costs time as well."""
+        alive = ~self.done.view(-1, self.slots)  # (B, slots)
+        most = int(alive.sum(1).max())
+        busy = alive.any(1)  # (B,)
+        if int(busy.sum()) * most > 0.8 * len(self.row):
+            return None
+        alive_first = torch.argsort((~alive).int(), dim=1, stable=True)[:, :most]  # (B, most)
+        grid = torch.arange(len(self.row), device=self.row.device).view(-1, self.slots)
+        rows = grid.gather(1, alive_first)[busy].flatten()
+        self.row = self.row[rows]
+        self.done = self.done[rows]
+        self.slots = most
+        return Kept(rows, busy)
+
+
+class PlainCache:
+    """The plain way: every row has its own copy of its prompt's keys and values."""
+
+    @classmethod
+    def read(cls, model, prompt_ids, prompt_mask, n, max_new_tokens):
+        """Run the prompts, (B, P), once. The cache for n rows each; logits (B n, V) of what
+        follows."""
+        prefill = read_prompts(model, prompt_ids, prompt_mask)
+        cache = cls()
+        cache.mask = prompt_mask.repeat_interleave(n, 0)  # (rows, P), grows with every token
+        cache.kv = prefill.past_key_values
+        cache.kv.batch_repeat_interleave(n)
+        return cache, prefill.logits[:, -1].repeat_interleave(n, 0)
+
+    def step(self, model, token, position):
+        """Logits (rows, V) of what follows `token`, (rows, 1), which stands at `position`."""
+        self.mask = torch.cat([self.mask, torch.ones_like(token)], dim=1)
+        output = model(
+            token, attention_mask=self.mask, position_ids=position, past_key_values=self.kv
+        )
+        return output.logits[:, -1]
+
+    def keep(self, kept):
+        """Only these rows go on."""
+        self.mask = self.mask[kept.rows]
+        self.kv.batch_select_indices(kept.rows)
+
+
+def read_prompts(model, prompt_ids, prompt_mask):
+    """One forward pass over prompts, (B, P), padded on the left; logits of the last token only."""
+    positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+    return model(prompt_ids, attention_mask=prompt_mask, position_ids=positions, logits_to_keep=1)
+
+
+def draw_tokens(logprobs):
+    """One token for each row of log-probabilities, (rows, V): that on whose share of (0, 1] one
+    random number falls. torch.multinomial does the same with V random numbers a row."""
+    cdf = logprobs.exp().cumsum(-1)  # (rows, V)
+    if not cdf[:, -1].isfinite().all():
+        raise ValueError("a model's probabilities are not finite: was its learning rate too high?")
+    place = cdf[:, -1:] * (1 - torch.rand(len(cdf), 1, device=cdf.device))
+    return torch.searchsorted(cdf, place)[:, 0]
+
+
+def stop_ids(model, tokenizer):
+    """All end-of-sequence ids: chat models often stop on two, and configurations disagree."""
+    found = {tokenizer.eos_token_id}
+    for eos in (model.generation_config.eos_token_id, model.config.eos_token_id):
+        found.update(eos if isinstance(eos, list) else [eos])
+    return sorted(found - {None})
+
+
+def pad(rows, device, side):
+    """Token ids of unequal length -> (rows, longest) ids and mask. The id of padding is never
+    read: it may well be the end-of-sequence id, so that the mask is made from the lengths."""
+    ids = [torch.LongTensor(row) for row in rows]
+    ones = [torch.ones(len(row), dtype=torch.long) for row in rows]
+    padded = pad_sequence(ids, batch_first=True, padding_side=side)
+    mask = pad_sequence(ones, batch_first=True, padding_side=side)
+    return padded.to(device), mask.to(device)
+
+
+def has_bf16(device):
+    """Whether bfloat16 is faster than float32 there: a GPU of capability 8.0 or more has it in
+    hardware; older ones (T4, V100) only emulate it."""
+    if torch.device(device).type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def autocast(model):
+    """Compute in bf16 where the device has it, while the weights stay float32: in pure bf16 AdamW's
+    small steps are rounded away."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=has_bf16(model.device))

@@ -1,0 +1,70 @@
+"""Where students are: a machine without what only Unix has, and a console that knows ASCII."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import runs
+
+# what Windows lacks; a file in PYTHONPATH of this name is run before anything else
+WITHOUT_UNIX = """
+import signal, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("fcntl", "resource", "pwd", "grp", "termios"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+# libraries ask sys.platform what they may use, and that still says linux: they come first
+if any(word.endswith(("train.py", "evaluate.py")) for word in sys.orig_argv):
+    import datasets, torch.distributed.elastic.timer, transformers.hf_argparser
+    from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
+for name in list(sys.modules):
+    if name in ("fcntl", "resource", "pwd", "grp", "termios") or name.startswith("filelock"):
+        del sys.modules[name]
+sys.meta_path.insert(0, Missing())
+del signal.SIGKILL
+"""
+SMALL = "--questions 20 --validation_questions 3 --sft_steps 2 --sft_batch 4 --steps 2 --rounds 1 "
+SMALL += "--questions_per_step 4 --group_size 3 --max_new_tokens 40 --eval_questions 5 --out"
+
+
+@pytest.fixture
+def without_unix(tmp_path):
+    """A function that runs Python in such a process."""
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_UNIX)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    env = {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "ascii"}
+
+    def python(*words):
+        words = [sys.executable, *map(str, words)]
+        return subprocess.run(
+            words, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=600
+        )
+
+    return python
+
+
+def test_the_stand_in_does_lack_them(without_unix):
+    for name in ("fcntl", "resource"):
+        assert f"No module named '{name}'" in without_unix("-c", f"import {name}").stderr
+
+
+def test_both_scripts_run_there(without_unix, tmp_path):
+    done = without_unix(ROOT / "train.py", *SMALL.split(), "Läufe")
+    assert done.returncode == 0, done.stderr
+    assert runs.read_json(tmp_path / "Läufe" / "results.json")["questions"] == 5
+    done = without_unix(ROOT / "evaluate.py", "Läufe", "--ask", "not ( True ) is")
+    assert done.returncode == 0 and "[the leader alone]" in done.stdout, done.stderr
+    done = without_unix(ROOT / "evaluate.py", "Läufe", "--eval_questions", 3)
+    assert done.returncode == 0 and "3 questions" in done.stdout, done.stderr
+
+
+def test_latex_is_compared_and_ended_there(without_unix):
+    words = "import rewards; print(rewards.is_correct('$x^2 x$', 'x^3'));"
+    words += "rewards.LATEX_SECONDS = 1; print(rewards.is_correct('9^{9^{9^9}}', 'x^3'));"
+    words += "rewards.LATEX_SECONDS = 60; print(rewards.is_correct('$x^2 x^2$', 'x^4'))"
+    assert without_unix("-c", words).stdout.split() == ["True", "False", "True"]
