@@ -41,7 +41,9 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
     log-probabilities and the mask of real tokens, the end of sequence included: (B G, R) each.
     shared_prompt.py has the same function with each prompt run once for its group.
     """
-    pairs = [(prompt, said) for prompt, group in zip(prompts, completions) for said in group]
+    pairs = []  # of a prompt and one completion: B G of them
+    for prompt, group in zip(prompts, completions):
+        pairs += [(prompt, said) for said in group]
     ids, mask = pad([prompt + said for prompt, said in pairs], model.device, "right")  # (B G, P+R)
     model.train(model.is_activation_checkpointing)  # transformers recomputes in training mode only
     with autocast(model):

@@ -364,7 +364,10 @@ def gather(items):
         return list(items)
     shares = [None] * world_size()
     dist.all_gather_object(shares, items)
-    return [item for part in shares for item in part]
+    gathered = []
+    for items_of_process in shares:
+        gathered += items_of_process
+    return gathered
 
 
 def wait_for_all():

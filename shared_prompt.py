@@ -138,9 +138,11 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
     # the prompt's last token predicts the completion's first: it is run with the completion
     heads = [prompt[:-1] for prompt in prompts]
     tails = []  # per completion: the tokens after which one of its own is predicted
-    for prompt, said in zip(prompts, completions):
-        tails += [prompt[-1:] + ids[:-1] for ids in said]
-    targets, mask = pad([ids for said in completions for ids in said], device, "right")  # (B G, R)
+    written = []  # per completion: its token ids
+    for prompt, of_prompt in zip(prompts, completions):
+        tails += [prompt[-1:] + ids[:-1] for ids in of_prompt]
+        written += of_prompt
+    targets, mask = pad(written, device, "right")  # (B G, R)
     logprobs = torch.zeros(mask.shape, device=device)
     with autocast(model):
         prompt_cache, prompt_mask = run_prompts(model, heads)

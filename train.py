@@ -326,7 +326,9 @@ def drop_easy(args, rows):
     kept = []
     everything = []
     for row in rows:
-        right = [verdict for of_agent in row["right"].values() for verdict in of_agent]
+        right = []
+        for of_agent in row["right"].values():
+            right += of_agent
         everything += right
         if right and fmean(right) >= args.easy_threshold:
             if rng.random() < args.easy_share:
