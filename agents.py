@@ -204,7 +204,9 @@ def load_python_agent(name):
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    agent = getattr(module, wanted, None)
+    if not hasattr(module, wanted):
+        raise ValueError(f"--agents {name}: there is no {wanted or 'name after #'} in {path}")
+    agent = getattr(module, wanted)
     if isinstance(agent, type):
         agent = agent()  # a class: one instance of it
     for needed in ("name", "answer", "fingerprint"):

@@ -1,13 +1,13 @@
 """agents.py: prompts in which any text stays text, who can be asked, the rounds."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TEXT, for_all
 from hypothesis import strategies as st
-from jinja2 import TemplateError
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import agents
@@ -126,12 +126,10 @@ def test_a_template_that_refuses_a_system_message_gets_it_in_the_users_turn(chat
     assert ids.index(reason) < ids.index(question)
 
 
-def test_a_base_model_without_a_template_is_refused(chat_tokenizer):
-    before, chat_tokenizer.chat_template = chat_tokenizer.chat_template, None
+def test_a_base_model_without_a_template_is_refused(chat_tokenizer, monkeypatch):
+    monkeypatch.setattr(chat_tokenizer, "chat_template", None)
     with pytest.raises(ValueError, match="no chat template"):
         encode(chat_tokenizer, leader_messages("How many?"))
-    chat_tokenizer.chat_template = before
-    assert TemplateError  # the import that encode relies on
 
 
 # --------------------------------------------------------------------------- who can be asked
@@ -164,43 +162,90 @@ SOLVER = '''
 from sampling import Completion
 
 
-class Yes:
-    """Says yes to everything."""
+class Counter:
+    """Counts what stands between the commas of a question."""
 
-    name = "yes"
+    name = "counter"
 
-    def answer(self, prompts, n=1, **settings):
-        return [[Completion("So the answer is Yes.")] * n for _ in prompts]
+    def answer(self, prompts, n, temperature, max_new_tokens, bar=None):
+        completions = []
+        for messages in prompts:
+            count = messages[1]["content"].count(",") + 1
+            completions.append([Completion(f"So the answer is {count}.")] * n)
+        return completions
 
-    def fingerprint(self, **settings):
+    def fingerprint(self, prompt, temperature, max_new_tokens):
         return "1"
 
 
-class Half:
-    name = "half"
+made = Counter()
+made.name = "made"
+
+
+class OnlyAName:
+    name = "only a name"
+
+
+class NoFingerprint:
+    name = "no fingerprint"
+    answer = Counter.answer
+
+
+class NoName:
+    answer = Counter.answer
+    fingerprint = Counter.fingerprint
 '''
 
 
-def test_an_agent_needs_no_model(tmp_path):
+@pytest.fixture
+def solver(tmp_path):
+    """A Python file with agents, and with what is none."""
     path = tmp_path / "solver.py"
     path.write_text(SOLVER)
-    team = agents.load_team([f"{path}#Yes", f"{path}#Yes"])
-    assert [agent.name for agent in team] == ["yes", "yes (2)"]
-    leader = Scripted("l", "L0", "L1")
-    [history] = agents.deliberate(leader, team, ["Q"], rounds=2)
+    return path
+
+
+def test_an_agent_needs_no_model(solver):
+    """It is a class or an object of any Python file, alone or beside a model."""
+    team = agents.load_team([f"{solver}#Counter", f"{solver}#Counter", f"{solver}#made", "tiny"])
+    names = ["tiny/agent1", "tiny/agent2", "tiny/agent3"]
+    assert [agent.name for agent in team] == ["counter", "counter (2)", "made", *names]
+    leader = Scripted("leader", "L0", "L1")
+    [history] = agents.deliberate(leader, team[:3], ["a, b, c"], rounds=2)
     assert [round_.output.text for round_ in history] == ["L0", "L1"]
-    assert leader.asked[0] == leader_messages("Q", ["So the answer is Yes."] * 2)
+    assert leader.asked == [leader_messages("a, b, c", ["So the answer is 3."] * 3)] * 2
 
 
-@pytest.mark.parametrize("wanted, word", [("Half", "has no answer"), ("Nobody", "has no name")])
-def test_an_agent_that_lacks_something_is_refused(wanted, word, tmp_path):
-    path = tmp_path / "solver.py"
-    path.write_text(SOLVER)
-    with pytest.raises(ValueError, match=f"solver.py#{wanted}: .* {word}") as stop:
-        agents.load_team([f"{path}#{wanted}"])
+def test_an_agent_is_what_has_a_name_and_two_functions():
+    """Of no class of ours: whatever has them can lead, answer and refine."""
+
+    def answer(prompts, n, temperature, max_new_tokens, bar=None):
+        return [[Completion(f"{temperature} {max_new_tokens}")] * n for _ in prompts]
+
+    thing = SimpleNamespace(name="thing", answer=answer, fingerprint=dict)
+    [[round_]] = agents.deliberate(thing, [thing], ["Q"], 1, 0.5, 9)
+    assert round_.responses[0].text == "0.5 9" and round_.output.text == "0 9"
+    settings = {"temperature": 0.5, "max_new_tokens": 9}
+    said, written = agents.refine(thing, [thing], ["Q"], [{"thing": "old"}], [1], **settings)
+    assert said == [{"thing": "0.5 9"}] and len(written) == 2
+
+
+LACKING = [("OnlyAName", "OnlyAName in .* has no answer"), ("Nobody", "there is no Nobody in ")]
+LACKING += [("NoFingerprint", "has no fingerprint"), ("NoName", "NoName in .* has no name")]
+LACKING += [("", "there is no name after # in ")]
+
+
+@pytest.mark.parametrize("wanted, words", LACKING)
+def test_an_agent_that_lacks_something_is_refused(wanted, words, solver):
+    with pytest.raises(ValueError, match=f"solver.py#{wanted}: .*{words}") as stop:
+        agents.load_team([f"{solver}#{wanted}"])
     assert "\n" not in str(stop.value)
-    with pytest.raises(ValueError, match="no such file"):
-        agents.load_team([f"{tmp_path}/other.py#Yes"])
+
+
+def test_a_file_that_is_not_there_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match="other.py#Counter: no such file: .*other.py") as stop:
+        agents.load_team([f"{tmp_path}/other.py#Counter"])
+    assert "\n" not in str(stop.value)
 
 
 @pytest.mark.parametrize("here", [None, "mps", "cuda"])
@@ -231,6 +276,33 @@ def test_a_prompt_that_is_too_long_is_refused(tiny_leader):
         agents.check_prompts(tiny_leader, prompts, 1020)
 
 
+def test_a_model_that_sets_no_limit_reads_everything(tiny_leader):
+    config = SimpleNamespace()  # of a model whose positions are not numbered
+    endless = SimpleNamespace(name="e", tokenizer=tiny_leader.tokenizer)
+    endless.model = SimpleNamespace(config=config)
+    agents.check_prompts(endless, [leader_messages("not ( True ) is")], 10**9)
+    config.max_position_embeddings = 99
+    with pytest.raises(ValueError, match="e reads 99 tokens"):
+        agents.check_prompts(endless, [leader_messages("not ( True ) is")], 99)
+
+
+TURN = "{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}"
+
+
+def test_a_tokenizer_without_an_unknown_token_never_complains(capsys):
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_alone = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model = SimpleNamespace(name="bytes", model=SimpleNamespace(config=SimpleNamespace()))
+    model.tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytes_alone, chat_template=TURN, eos_token="<|endoftext|>"
+    )
+    short = [{"role": "user", "content": "é 🦆"}]
+    assert len(encode(model.tokenizer, short)) > 6  # a token for each byte
+    agents.check_prompts(model, [short, leader_messages("Which river flows through Paris?")], 9)
+    assert capsys.readouterr().out == ""
+
+
 def test_words_that_a_model_does_not_know_are_named(tiny_leader, capsys):
     known = [leader_messages("not ( True ) and ( False ) is")] * 20
     agents.check_prompts(tiny_leader, known, 0)
@@ -247,7 +319,7 @@ def test_words_that_a_model_does_not_know_are_named(tiny_leader, capsys):
 
 
 class Scripted:
-    """A speaker that says what it is told to, and remembers what it was asked."""
+    """An agent that says what it is told to, and remembers what it was asked."""
 
     def __init__(self, name, *says):
         self.name = name
@@ -262,23 +334,24 @@ class Scripted:
 
 def test_rounds_are_the_papers():
     leader = Scripted("l", "L0", "L1")
-    a = Scripted("a", "A0", "A1")
-    b = Scripted("b", "B0", "B1")
-    [history] = agents.deliberate(leader, [a, b], ["Q"], rounds=2)
+    ann = Scripted("ann", "A0", "A1")
+    bob = Scripted("bob", "B0", "B1")
+    [history] = agents.deliberate(leader, [ann, bob], ["Q"], rounds=2)
     said = []
     for round_ in history:
         said.append([*(response.text for response in round_.responses), round_.output.text])
     assert said == [["A0", "B0", "L0"], ["A1", "B1", "L1"]]
     assert leader.asked == [leader_messages("Q", ["A0", "B0"]), leader_messages("Q", ["A1", "B1"])]
-    assert a.asked == [agent_messages("Q"), agent_messages("Q", "A0", "L0")]
-    assert "B0" not in str(a.asked)  # agents are not told of each other
+    assert ann.asked == [agent_messages("Q"), agent_messages("Q", "A0", "L0")]
+    assert "B0" not in str(ann.asked)  # agents are not told of each other
 
 
 def test_first_responses_can_be_given():
     given = [[Completion("A0", [1], [0.0], True, [2])]]
-    leader, a = Scripted("l", "L0", "L1"), Scripted("a", "A1")
-    [history] = agents.deliberate(leader, [a], ["Q"], rounds=2, responses=given)
-    assert [t.responses[0].text for t in history] == ["A0", "A1"]
+    leader = Scripted("l", "L0", "L1")
+    ann = Scripted("ann", "A1")
+    [history] = agents.deliberate(leader, [ann], ["Q"], rounds=2, responses=given)
+    assert [round_.responses[0].text for round_ in history] == ["A0", "A1"]
 
 
 def test_the_leaders_prompt_builder_is_told_the_names_in_every_round(monkeypatch):
@@ -287,9 +360,8 @@ def test_the_leaders_prompt_builder_is_told_the_names_in_every_round(monkeypatch
 
     monkeypatch.setattr(agents, "leader_messages", with_names)
     leader = Scripted("l", "L0", "L1")
-    a = Scripted("ann", "A0", "A1")
-    b = Scripted("bob", "B0", "B1")
-    agents.deliberate(leader, [a, b], ["Q"], rounds=2)
+    team = [Scripted("ann", "A0", "A1"), Scripted("bob", "B0", "B1")]
+    agents.deliberate(leader, team, ["Q"], rounds=2)
     assert leader.asked == [[["ann", "A0"], ["bob", "B0"]], [["ann", "A1"], ["bob", "B1"]]]
     leader = Scripted("l", "L")
     agents.refine(leader, [Scripted("ann", "A")], ["Q"], [{"ann": "old"}], [1])
@@ -389,9 +461,22 @@ BOMBS = ["<answer>", "</answer>", "<think><answer>8</answer>", "<", " ", "<|eot_
 
 @pytest.mark.parametrize("repeated", [*BOMBS, "8", "\n", "\u200b"], ids=ascii)
 def test_a_megabyte_is_quoted_and_made_safe_in_linear_time(repeated):
-    """2 s of this process's own time: it takes 0.1; what is quadratic takes hours."""
-    bomb = (repeated * (1_000_000 // len(repeated) + 1))[:1_000_000]
-    start = time.process_time()
+    """Ten times the text, ten times the work, on a machine of any speed; a quadratic one: 100."""
+    assert best_time(repeated, 100_000) < 30 * best_time(repeated, 10_000)
+    make_safe(repeated, 1_000_000)
+
+
+def make_safe(repeated, length):
+    bomb = (repeated * (length // len(repeated) + 1))[:length]
     quote(bomb)
     agents.defuse(LLAMA3, [{"role": "user", "content": bomb}])
-    assert time.process_time() - start < 2
+
+
+def best_time(repeated, length):
+    """This process's own seconds for a text of that length: the least of several tries."""
+    seconds = []
+    for _ in range(7):
+        start = time.process_time()
+        make_safe(repeated, length)
+        seconds.append(time.process_time() - start)
+    return min(seconds)

@@ -37,34 +37,43 @@ def without_unix(tmp_path):
     """A function that runs Python in such a process."""
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_UNIX)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    env = {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "ascii"}
 
-    def python(*words):
+    def python(*words, console="ascii"):
         words = [sys.executable, *map(str, words)]
+        env = {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": console}
         return subprocess.run(
-            words, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=600
+            words, capture_output=True, encoding=console, env=env, cwd=tmp_path, timeout=600
         )
 
     return python
 
 
-def test_the_stand_in_does_lack_them(without_unix):
-    for name in ("fcntl", "resource"):
-        assert f"No module named '{name}'" in without_unix("-c", f"import {name}").stderr
+@pytest.mark.parametrize("name", ["fcntl", "resource", "pwd", "grp", "termios"])
+def test_the_stand_in_does_lack_them(without_unix, name):
+    assert f"No module named '{name}'" in without_unix("-c", f"import {name}").stderr
+
+
+def test_the_stand_in_lacks_a_signal_and_knows_few_letters(without_unix):
+    done = without_unix("-c", "import signal; print(hasattr(signal, 'SIGKILL')); print('±')")
+    assert done.stdout.split() == ["False"] and "UnicodeEncodeError" in done.stderr
 
 
 def test_both_scripts_run_there(without_unix, tmp_path):
     done = without_unix(ROOT / "train.py", *SMALL.split(), "Läufe")
     assert done.returncode == 0, done.stderr
+    assert " ?" in done.stdout and "±" not in done.stdout  # the letters that it does not know
     assert runs.read_json(tmp_path / "Läufe" / "results.json")["questions"] == 5
     done = without_unix(ROOT / "evaluate.py", "Läufe", "--ask", "not ( True ) is")
     assert done.returncode == 0 and "[the leader alone]" in done.stdout, done.stderr
-    done = without_unix(ROOT / "evaluate.py", "Läufe", "--eval_questions", 3)
+    words = [ROOT / "evaluate.py", "Läufe", "--eval_questions", 3]
+    done = without_unix(*words, console="cp1252")  # a German or English Windows
     assert done.returncode == 0 and "3 questions" in done.stdout, done.stderr
+    assert " ±" in done.stdout
 
 
 def test_latex_is_compared_and_ended_there(without_unix):
-    words = "import rewards; print(rewards.is_correct('$x^2 x$', 'x^3'));"
+    words = "import rewards; rewards.LATEX_SECONDS = 600;"
+    words += "print(rewards.is_correct('$x^2 x$', 'x^3'));"
     words += "rewards.LATEX_SECONDS = 1; print(rewards.is_correct('9^{9^{9^9}}', 'x^3'));"
-    words += "rewards.LATEX_SECONDS = 60; print(rewards.is_correct('$x^2 x^2$', 'x^4'))"
+    words += "rewards.LATEX_SECONDS = 600; print(rewards.is_correct('$x^2 x^2$', 'x^4'))"
     assert without_unix("-c", words).stdout.split() == ["True", "False", "True"]

@@ -1,11 +1,14 @@
 """sampling.py: what is drawn, and with which probability."""
 
+from itertools import chain
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import grpo
 import sampling
-from sampling import sample
+from sampling import PlainCache, sample
 from shared_prompt import SharedPromptCache
 
 
@@ -25,13 +28,100 @@ def test_sampled_logprobs_are_the_trainers(model, tokenizer, prompts, temperatur
     # ends come early
     monkeypatch.setattr(sampling, "stop_ids", lambda *_: list(range(0, 370, 7)))
     groups = sample(model, tokenizer, prompts, 5, temperature, 30, SharedPromptCache)
-    completions = [[completion.ids for completion in group] for group in groups]
-    logprobs, mask = grpo.completion_logprobs(model, prompts, completions, temperature)
-    rows = [completion for group in groups for completion in group]
-    assert len({len(row.ids) for row in rows}) > 1  # some ended early: rows have left the batch
-    for row, kept, c in zip(logprobs, mask, rows):
-        assert kept.tolist() == [1] * len(c.ids) + [0] * (len(row) - len(c.ids))
-        torch.testing.assert_close(row[: len(c.ids)], torch.tensor(c.logprobs), atol=2e-5, rtol=0)
+    ids = []
+    for group in groups:
+        ids.append([completion.ids for completion in group])
+    logprobs, mask = grpo.completion_logprobs(model, prompts, ids, temperature)
+    completions = list(chain(*groups))
+    assert len({len(completion.ids) for completion in completions}) > 1  # some ended early
+    for row, kept, completion in zip(logprobs, mask, completions):
+        length = len(completion.ids)
+        assert kept.tolist() == [1] * length + [0] * (len(row) - length)
+        sampled = torch.tensor(completion.logprobs)
+        torch.testing.assert_close(row[:length], sampled, atol=2e-5, rtol=0)
+
+
+# ----------------------------------------------------------- rows that are finished leave the batch
+
+
+@pytest.fixture
+def drops(monkeypatch):
+    """What left the batch while a test sampled with early ends: a list of `Kept`."""
+    kept = []
+    usual = sampling.Running.drop_finished
+
+    def watched(running):
+        found = usual(running)
+        if found is not None:
+            kept.append(found)
+        return found
+
+    monkeypatch.setattr(sampling, "stop_ids", lambda *_: list(range(0, 370, 7)))
+    monkeypatch.setattr(sampling.Running, "drop_finished", watched)
+    return kept
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_both_caches_say_the_same_while_rows_leave(model, tokenizer, prompts, temperature, drops):
+    results = []
+    for cache_class in (PlainCache, SharedPromptCache):
+        torch.manual_seed(4)
+        groups = sample(model, tokenizer, prompts, 6, temperature, 30, cache_class)
+        results.append(list(chain(*groups)))
+    left = [len(kept.rows) for kept in drops]
+    if temperature:  # a group's greedy rows are all alike
+        assert len(left) >= 4 and left[: len(left) // 2] == left[len(left) // 2 :]
+        assert len({len(completion.ids) for completion in results[0]}) > 3
+    assert any(not kept.prompts.all() for kept in drops)  # some were a prompt's last
+    for plain, shared in zip(*results):
+        assert plain.ids == shared.ids and plain.finished == shared.finished
+        assert plain.text == shared.text and plain.prompt_ids == shared.prompt_ids
+        logprobs = torch.tensor(plain.logprobs)
+        torch.testing.assert_close(torch.tensor(shared.logprobs), logprobs, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("cache_class", [PlainCache, SharedPromptCache])
+def test_who_stays_does_not_notice(model, tokenizer, prompts, cache_class, drops, monkeypatch):
+    dropping = sample(model, tokenizer, prompts, 2, 0, 30, cache_class)
+    assert drops
+    monkeypatch.setattr(sampling.Running, "drop_finished", lambda running: None)
+    waiting = sample(model, tokenizer, prompts, 2, 0, 30, cache_class)
+    for one, other in zip(chain(*dropping), chain(*waiting)):
+        assert one.ids == other.ids and one.finished == other.finished
+        logprobs = torch.tensor(other.logprobs)
+        torch.testing.assert_close(torch.tensor(one.logprobs), logprobs, atol=2e-5, rtol=0)
+
+
+def test_the_grid_shrinks_to_the_prompt_that_has_most_left():
+    """Of three prompts with four rows each, two rows are left, then one, then none."""
+    running = sampling.Running(12, 4, "cpu")
+    running.done[[0, 1]] = True
+    assert running.drop_finished() is None  # two idle rows of twelve are not worth a copy
+    running.done[[5, 6, 7, 8, 9, 10, 11]] = True
+    kept = running.drop_finished()
+    assert kept.prompts.tolist() == [True, True, False]
+    assert kept.rows.tolist() == [2, 3, 4, 5]  # 5 is finished: it fills the second prompt's place
+    assert running.row.tolist() == [2, 3, 4, 5] and running.slots == 2
+    assert running.done.tolist() == [False, False, False, True]
+    running.done[[0, 1]] = True
+    kept = running.drop_finished()  # its rows are now numbered within the batch
+    assert kept.rows.tolist() == [2] and kept.prompts.tolist() == [False, True]
+    assert running.row.tolist() == [4] and running.slots == 1
+
+
+def test_batches_change_nothing(model, tokenizer, prompts):
+    """With room in the cache for one prompt at a time; the results keep the prompts' order."""
+    together = sample(model, tokenizer, prompts, 2, 0, 10)
+    done = []
+    bar = SimpleNamespace(update=done.append)
+    alone = sample(model, tokenizer, prompts, 2, 0, 10, cache_tokens=1, bar=bar)
+    assert done == [2, 2, 2]
+    for prompt, group, same in zip(prompts, together, alone):
+        for one, other in zip(group, same):
+            assert one.ids == other.ids and one.prompt_ids == other.prompt_ids == prompt
+
+
+# ----------------------------------------------------------------------------- what is drawn
 
 
 def test_frequencies_are_the_models(model, tokenizer, prompts):
@@ -44,26 +134,24 @@ def test_frequencies_are_the_models(model, tokenizer, prompts):
     assert len({c.ids[0] for c in group}) > 5  # each sample drew its own first token
 
 
-def test_generation_defaults_of_the_checkpoint_do_not_leak_in(model, tokenizer, prompts):
-    own = model.generation_config.top_k
-    model.generation_config.top_k = 1
+def test_generation_defaults_of_the_checkpoint_do_not_leak_in(
+    model, tokenizer, prompts, monkeypatch
+):
+    monkeypatch.setattr(model.generation_config, "top_k", 1)
     torch.manual_seed(0)
     [group] = sample(model, tokenizer, prompts[:1], 20, max_new_tokens=1)
-    model.generation_config.top_k = own
     assert len({c.ids[0] for c in group}) > 1
 
 
-def test_every_end_of_sequence_id_ends_a_completion(model, tokenizer, prompts):
+def test_every_end_of_sequence_id_ends_a_completion(model, tokenizer, prompts, monkeypatch):
     torch.manual_seed(0)
     usual = sample(model, tokenizer, prompts, 8, max_new_tokens=6)
     also = usual[0][0].ids[0]  # any id will do, if it occurs
-    own = model.generation_config.eos_token_id
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, also]
+    ends = {tokenizer.eos_token_id, also}
+    monkeypatch.setattr(model.generation_config, "eos_token_id", sorted(ends))
     torch.manual_seed(0)
     groups = sample(model, tokenizer, prompts, 8, max_new_tokens=6)
-    model.generation_config.eos_token_id = own
-    ends = {tokenizer.eos_token_id, also}
-    completions = [completion for group in groups for completion in group]
+    completions = list(chain(*groups))
     assert any(c.ids[-1] == also and c.finished for c in completions)
     for c in completions:
         assert not ends & set(c.ids[:-1])
@@ -80,11 +168,17 @@ def test_same_seed_same_completions(model, tokenizer, prompts):
 
 def test_tokens_are_drawn_as_often_as_they_are_probable():
     torch.manual_seed(0)
-    p = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
-    drawn = sampling.draw_tokens(p.log().expand(200_000, -1))
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    drawn = sampling.draw_tokens(probabilities.log().expand(200_000, -1))
     shares = torch.bincount(drawn, minlength=6) / 200_000
-    assert (shares[p == 0] == 0).all()  # an impossible token is never drawn
-    assert torch.allclose(shares, p, atol=0.005)
+    assert (shares[probabilities == 0] == 0).all()  # an impossible token is never drawn
+    assert torch.allclose(shares, probabilities, atol=0.005)
+
+
+def test_probabilities_that_are_not_finite_are_said_in_one_line():
+    with pytest.raises(ValueError, match="not finite: was its learning rate too high") as stop:
+        sampling.draw_tokens(torch.full((2, 5), float("nan")))
+    assert "\n" not in str(stop.value)
 
 
 def test_the_ends_of_the_range_are_possible_tokens(monkeypatch):
@@ -102,6 +196,11 @@ def test_bf16_is_for_gpus_that_have_it_in_hardware(capability, fast, monkeypatch
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert sampling.has_bf16("cuda") is fast and sampling.has_bf16("cuda:1") is fast
     assert not sampling.has_bf16("cpu") and not sampling.has_bf16("mps")
+    asked = []
+    monkeypatch.setattr(torch, "autocast", lambda *words, enabled: asked.append((*words, enabled)))
+    for device in ("cuda:0", "cpu"):
+        sampling.autocast(SimpleNamespace(device=torch.device(device)))
+    assert asked == [("cuda", torch.bfloat16, fast), ("cpu", torch.bfloat16, False)]
 
 
 def test_a_text_alone_is_a_completion():

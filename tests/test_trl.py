@@ -24,14 +24,35 @@ def leader_rows(n):
     return rows
 
 
+def two_steps(folder):
+    """Of Dr. GRPO on the CPU, in float32."""
+    return trl.GRPOConfig(
+        output_dir=str(folder),
+        max_steps=2,
+        per_device_train_batch_size=32,
+        num_generations=8,
+        max_completion_length=60,
+        learning_rate=1e-4,
+        loss_type="dr_grpo",
+        scale_rewards="none",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+    )
+
+
 def test_two_steps_of_grpo_trainer(tmp_path):
     from datasets import load_dataset
 
-    rows, path = leader_rows(8), tmp_path / "prompts.jsonl"
+    rows = leader_rows(8)
+    path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     data = load_dataset("json", data_files=str(path), split="train", cache_dir=tmp_path / "cache")
     assert data.to_list() == rows
-    leader, seen = agents.load_model("tiny"), []
+    leader = agents.load_model("tiny")
+    seen = []
 
     def watched(prompts, completions, answer, **kwargs):  # as TRL calls it: one row, one completion
         scores = reward(prompts=prompts, completions=completions, answer=answer, **kwargs)
@@ -41,31 +62,17 @@ def test_two_steps_of_grpo_trainer(tmp_path):
     trainer = trl.GRPOTrainer(
         leader.model,
         [reward, watched],
-        trl.GRPOConfig(
-            output_dir=str(tmp_path / "out"),
-            max_steps=2,
-            per_device_train_batch_size=32,
-            num_generations=8,
-            max_completion_length=60,
-            learning_rate=1e-4,
-            loss_type="dr_grpo",
-            scale_rewards="none",
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-        ),
+        two_steps(tmp_path / "out"),
         train_dataset=data,
         processing_class=leader.tokenizer,
     )
-    before = {name: p.detach().clone() for name, p in leader.model.named_parameters()}
+    before = {name: weight.detach().clone() for name, weight in leader.model.named_parameters()}
     trainer.train()
     logs = [log for log in trainer.state.log_history if "reward" in log]
     assert len(logs) == 2 and all(math.isfinite(log["reward"]) for log in logs)
     assert logs[0]["rewards/reward/mean"] == pytest.approx(logs[0]["rewards/watched/mean"])
-    assert all(p.dtype == torch.float32 for p in leader.model.parameters())
-    assert all(not torch.equal(p, before[name]) for name, p in leader.model.named_parameters())
+    for name, weight in leader.model.named_parameters():
+        assert weight.dtype == torch.float32 and not torch.equal(weight, before[name])
     # completions are lists of messages, golds are those of their prompts, and some are right
     golds = {row["prompt"][-1]["content"]: row["answer"] for row in rows}
     assert all(golds[prompt[-1]["content"]] == answer for prompt, _, answer, _ in seen)
