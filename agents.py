@@ -255,10 +255,7 @@ def check_prompts(model, prompts, more_tokens):
     if need > room:
         problem = f"{model.name} reads {room} tokens, not {need}"
         raise ValueError(f"lower --max_new_tokens: {problem}")
-    unknown = model.tokenizer.unk_token_id
-    if unknown is None:  # a tokenizer of bytes or subwords has no unknown words
-        return
-    share = sum(ids.count(unknown) for ids in encoded) / sum(len(ids) for ids in encoded)
+    share = unknown_share(model.tokenizer, encoded)
     if share == 0:
         return
     words = ", ".join(unknown_words(model.tokenizer, prompts)[:8])
@@ -268,6 +265,21 @@ def check_prompts(model, prompts, more_tokens):
     print(problem)
 
 
+def unknown_id(tokenizer):
+    """The token that stands for unknown words; None where there is none: a tokenizer of bytes or
+    subwords writes every word, and names some other special token (GPT-2's kin: the end) here."""
+    others = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    return None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
+
+
+def unknown_share(tokenizer, encoded):
+    """The share of unknown tokens in these lists of token ids."""
+    unknown = unknown_id(tokenizer)
+    if unknown is None:
+        return 0.0
+    return sum(ids.count(unknown) for ids in encoded) / sum(len(ids) for ids in encoded)
+
+
 def unknown_words(tokenizer, prompts):
     """The words that this tokenizer does not know, each once, as they are written."""
     words = {}
@@ -275,7 +287,7 @@ def unknown_words(tokenizer, prompts):
         text = apply_template(tokenizer, messages, tokenize=False)
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"]):
-            if token == tokenizer.unk_token_id:
+            if token == unknown_id(tokenizer):
                 words[text[start:end]] = True
     return list(words)
 

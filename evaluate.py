@@ -113,7 +113,8 @@ def measure_rows(run, config, stages, tasks):
     questions = [task["question"] for task in tasks]
     rounds = config["rounds"]
     leader, team = load_leader_and_team(run, config, config["leader"], questions)
-    unknown = unknown_words(leader.tokenizer, questions)
+    alone = [agents.encode(leader.tokenizer, agents.leader_messages(q)) for q in questions]
+    unknown = agents.unknown_share(leader.tokenizer, alone)
     total = len(tasks) * generations_per_question(len(team), rounds, len(stages))
     with tqdm(desc=run.name, total=total, unit=" answers", leave=False) as bar:
         settings = {key: config[key] for key in ("temperature", "max_new_tokens")}
@@ -334,17 +335,6 @@ def load_leader_and_team(run, config, leader, questions):
             # the quoted texts and one's own
             agents.check_prompts(model, prompts, (quoted + 1) * config["max_new_tokens"])
     return leader, team
-
-
-def unknown_words(tokenizer, questions):
-    """The share of unknown tokens in all that a leader alone reads."""
-    unknown = tokenizer.unk_token_id
-    if unknown is None:  # bytes or subwords: it has a token for everything
-        return 0.0
-    read = []
-    for question in questions:
-        read += agents.encode(tokenizer, agents.leader_messages(question))
-    return read.count(unknown) / len(read)
 
 
 def ask(folders, question, rounds=1, **options):

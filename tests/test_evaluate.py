@@ -61,6 +61,7 @@ class FakeTokenizer:
     chat_template = "yes"
     all_special_tokens = []
     added_tokens_decoder = {}
+    bos_token_id = eos_token_id = 99
 
     def __init__(self, unknown):
         self.unk_token_id = None if unknown is None else 0
@@ -222,9 +223,12 @@ def test_the_rows_are_complete_and_in_order(run, capsys):
 def test_unknown_words_are_those_the_leader_reads(run):
     """Of `Question: q4` and the template's ten tokens, for each of four questions."""
     assert evaluate.measure(run.path)["unknown_words"] == 1 / (4 * 12)
-    questions = ["one two", "two three"]
-    assert evaluate.unknown_words(FakeTokenizer(["two"]), questions) == 2 / 26
-    assert evaluate.unknown_words(FakeTokenizer(None), questions) == 0
+    for unknown, share in ((["two"], 0.25), (None, 0.0)):
+        tokenizer = FakeTokenizer(unknown)
+        encoded = [tokenizer("one two")["input_ids"], tokenizer("three four")["input_ids"]]
+        assert agents.unknown_share(tokenizer, encoded) == share
+    tokenizer.unk_token_id = tokenizer.eos_token_id  # GPT-2's kin: no word is unknown to it
+    assert agents.unknown_share(tokenizer, [[tokenizer.eos_token_id]]) == 0
 
 
 def test_who_is_right_by_hand(run):
