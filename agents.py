@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from sampling import Completion, PlainCache, has_bf16, sample
 from servers import ServedModel
-from shared_prompt import SharedPromptCache, shares_prompts
+from shared_prompt import SharedPromptCache, can_sample_with_shared_prompt
 
 logging.disable_progress_bar()  # loading weights takes no time worth a bar
 
@@ -169,7 +169,7 @@ def load_model(name, device="cpu", resting="", dtype=torch.float32, plain=False)
     except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model {name!r} cannot be loaded: {reason}") from error
-    fast = shares_prompts(model) and not plain
+    fast = can_sample_with_shared_prompt(model) and not plain
     cache_class = SharedPromptCache if fast else PlainCache
     return LocalModel(name, model, tokenizer, device, resting, cache_class)
 
@@ -347,15 +347,16 @@ def ask_each_agent(team, questions, history, temperature, settings):
     return responses
 
 
-def refine(leader, team, questions, responses, rounds, **settings):
-    """For training on later rounds: let rounds[i] of them pass on questions[i], as in `deliberate`
-    but with a leader that samples. responses[i]: {agent's name: its text}; these agents refine.
+def refine(leader, team, questions, responses, refinements, **settings):
+    """For training on later rounds: on questions[i] the agents refine their responses
+    refinements[i] times (0: they stay), as in `deliberate`, but with a leader that samples.
+    responses[i]: {agent's name: its text}; these agents refine.
     Returns the new responses, in the same form and order, and the Completions of all that was
     written meanwhile."""
     responses = [dict(said) for said in responses]
     written = []
-    for t in range(max(rounds)):
-        left = [i for i, said in enumerate(responses) if rounds[i] > t and said]
+    for t in range(max(refinements)):
+        left = [i for i, said in enumerate(responses) if refinements[i] > t and said]
         prompts = []
         for i in left:
             prompts.append(leader_messages(questions[i], responses[i].values(), responses[i]))

@@ -92,9 +92,12 @@ def divide(piles):
                 piles[split_by_hash(row["question"])].append(row)
     elif not piles.get("validation"):
         piles["validation"] = []
-        for row in piles["train"]:
+        for row in piles["train"]:  # they leave it below
             if split_by_hash(row["question"]) == "validation":
                 piles["validation"].append(row)
+    unused = [name for name in piles if name not in SPLITS]
+    if unused:
+        print(f"not used, beside train and test: {', '.join(unused)}")
     seen = set()
     kept = {}
     for name in reversed(SPLITS):  # the first to come keeps a question: test, validation, train
@@ -109,7 +112,7 @@ def divide(piles):
 
 def read_source(spec):
     """Find out what a spec is: [(split or file, task of records that name none, records)]."""
-    name, _, selection = {"gsm8k": "openai/gsm8k:main"}.get(spec, spec).partition(":")
+    name, _, selection = spec.partition(":")
     path = Path(spec)
     files = [path] if path.suffix in (".json", ".jsonl") else sorted(path.glob("*.json*"))
     if name in BENCHMARKS:  # so `bbh` is the benchmark, and a folder of that name is `./bbh`
@@ -121,7 +124,7 @@ def read_source(spec):
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not files:
         source = try_to_load(datasets.load_dataset, name, selection or None)
     else:
-        known = f"tiny, {', '.join(BENCHMARKS)}, gsm8k, a .json or .jsonl file, a folder of these"
+        known = f"tiny, {', '.join(BENCHMARKS)}, a .json or .jsonl file, a folder of these"
         raise ValueError(f"unknown dataset or file: {spec!r}: use {known}, or owner/name")
     source = source if isinstance(source, dict) else {"all": source}
     return [(split, name.split("/")[-1], rows) for split, rows in source.items()]
@@ -152,7 +155,15 @@ def mmlu(subjects):
         yield split.removeprefix("auxiliary_"), "mmlu", rows
 
 
-BENCHMARKS = {"bbh": bbh, "math": math, "mmlu": mmlu}
+def gsm8k(parts):
+    """7,473 problems to train on, 1,319 to test (MIT)."""
+    choose_parts("gsm8k", parts, ["main"])
+    source = try_to_load(datasets.load_dataset, "openai/gsm8k", "main")
+    for split, rows in source.items():
+        yield split, "gsm8k", rows
+
+
+BENCHMARKS = {"bbh": bbh, "gsm8k": gsm8k, "math": math, "mmlu": mmlu}
 
 
 def choose_parts(name, chosen, known):
@@ -179,23 +190,28 @@ def read_json(path):
     return records if isinstance(records, list) else [records]
 
 
-def to_row(record, task, theirs):
+def to_row(record, task, their_columns):
     """A record in the schema of any of these benchmarks as one in ours: all of it text."""
     record = parse_json(record) if isinstance(record, bytes) else record
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, not {record!r:.40}")
-    for ours, name in theirs.items():
-        if name:
-            record[ours] = text(record, name)
+    # all are read before any is replaced: the source may use our names for other things
+    record = record | {ours: text(record, name) for ours, name in their_columns.items() if name}
     if "solution" in record:  # MATH: the answer is in a box, after the reasoning
         record = {"answer": last_boxed(str(record["solution"]))} | record
     question = text(record, "question", "problem", "input")
     answer = text(record, "answer", "target")
-    answer = text({"answer": answer.rpartition("####")[2]}, "answer")  # GSM8K: it comes last
+    answer = answer.rpartition("####")[2].strip()  # GSM8K: it comes last
+    if not answer:
+        raise ValueError("no answer after ####")
     choices = record.get("choices")
     if choices:  # MMLU: the answer is the number of a choice, or a letter
-        letters = list("ABCDEFGHIJ")[: len(choices)] if isinstance(choices, list) else []
-        answer = dict(zip("0123456789", letters)).get(answer, answer)
+        if not isinstance(choices, list) or len(choices) > 26:
+            raise ValueError(f"expected a list of at most 26 choices, not {choices!r:.40}")
+        letters = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(choices)])
+        numbers = [str(number) for number in range(len(choices))]
+        if answer in numbers:
+            answer = letters[int(answer)]
         if answer not in letters:
             raise ValueError(f"answer {answer!r:.40} is not one of a list of choices")
         question += "".join(f"\n({a}) {choice}" for a, choice in zip(letters, choices))

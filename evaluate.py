@@ -9,18 +9,17 @@
 Read `measure` first: it is the procedure. Comparisons are paired: all runs get the same questions,
 none of them from training, and the agents' first responses are sampled once, for the vote, the
 ceiling and every leader. T rounds with K agents are (K+1)T generations: a vote gets as many, where
-that is as often for each agent. What is drawn and written of a run is in report.py.
+that is as often for each agent. Gains and tables are in compare.py,
+what is drawn and written of a run in report.py.
 """
 
 import argparse
 import math
 import os
 import random
-from dataclasses import dataclass
+import re
 from pathlib import Path
-from statistics import fmean, pstdev, stdev
-from string import ascii_lowercase, ascii_uppercase
-from textwrap import fill
+from statistics import fmean
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in train.py
 
@@ -28,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 import agents
+import compare
 import data
 import report
 import runs
@@ -39,18 +39,18 @@ SEED = 0  # of the questions, the agents and the ties: constant, so that runs ca
 def main(argv=None):
     options = parse(argv)
     folders = options.pop("runs")
-    configs = [read_run(folder, **options)[0] for folder in folders]
+    configs = [read_run(folder, **options)[0] for folder in folders]  # checks the options too
     if "ask" in options:
         question = options.pop("ask")
         ask(folders, question, **options)
         return
     check_same_questions(configs)
     results = [measure(folder, **options) for folder in folders]
-    groups = group_runs(folders, configs, results)
+    groups = compare.group_runs(folders, configs, results)
     if len(groups) == 1:
-        print_table(results)
+        compare.print_table(results)
     else:
-        print_groups(groups)
+        compare.print_groups(groups)
 
 
 def parse(argv):
@@ -87,7 +87,8 @@ def measure(run, **options):
     tasks = test_questions(config)
     suffix = ""
     if config["dataset"] != config["trained_on"]:
-        suffix = f"-{Path(config['dataset']).stem[:60]}"
+        # without what Windows refuses in the name of a file
+        suffix = "-" + re.sub(r'[<>:"|?*]', "_", Path(config["dataset"]).stem)[:60]
     path = run / f"results{suffix}.json"
     settings = {**config, "questions_hash": data.question_hash(repr(tasks))}  # all that matters
     saved = runs.read_json(path) if path.exists() else {}
@@ -100,7 +101,9 @@ def measure(run, **options):
     results["device"] = config["device"]
     results["question_ids"] = [data.question_hash(task["question"])[:16] for task in tasks]
     results |= measure_rows(run, config, stages, tasks)
-    texts = {row["label"]: row.pop("texts") for row in results["rows"]}
+    texts = {}  # for the transcripts alone
+    for row in results["rows"]:
+        texts[row["label"]] = row.pop("texts")
     report.write_transcripts(results, tasks, texts, run / f"transcripts{suffix}.md")
     report.plot_results(results, run / f"results{suffix}.png")
     report.plot_curves(runs.read_jsonl(run / "metrics.jsonl"), run / "curves.png")
@@ -269,7 +272,7 @@ def drawn_questions(config):
     if n < 1:  # a run may have been left unevaluated
         raise ValueError(f"--eval_questions must be at least 1, not {n}")
     # benchmarks have a test split, and so has what was trained on; a file of one's own is all test
-    with_splits = ("tiny", "gsm8k", *data.BENCHMARKS, trained_on)
+    with_splits = ("tiny", *data.BENCHMARKS, trained_on)
     own_file = Path(dataset).exists() and dataset not in with_splits
     split = "all" if own_file else "test"
     return list(data.load_tasks(dataset, split, n, SEED, **data.columns(config)))
@@ -364,38 +367,6 @@ def ask(folders, question, rounds=1, **options):
 # -------------------------------------------------------------------------- what training looks at
 
 
-def describe_step(groups):
-    """A training step in numbers: means over its completions, shares of its groups, and `tokens`,
-    all that was read and written. groups: objects with G `completions`, G `verdicts` on them
-    (rewards.Verdict) and G `advantages`."""
-    completions = []
-    verdicts = []
-    tokens = 0
-    for group in groups:
-        completions += group.completions
-        verdicts += group.verdicts
-        tokens += len(group.completions[0].prompt_ids)
-    tokens += sum(len(completion.ids) for completion in completions)
-    return {
-        "reward": fmean(verdict.reward for verdict in verdicts),
-        "accuracy": fmean(verdict.right for verdict in verdicts),
-        "format": fmean(verdict.formatted for verdict in verdicts),
-        "length": fmean(len(completion.ids) for completion in completions),
-        "truncated": fmean(not completion.finished for completion in completions),
-        "entropy": fmean(entropy(completion) for completion in completions),
-        # groups from which nothing is learned, and why
-        "no_gradient": fmean(not any(group.advantages) for group in groups),
-        "all_right": fmean(all(v.right for v in group.verdicts) for group in groups),
-        "all_wrong": fmean(not any(v.right for v in group.verdicts) for group in groups),
-        "tokens": tokens,
-    }
-
-
-def entropy(completion):
-    """Per token, estimated from the tokens that were drawn; 0 if there are none."""
-    return -sum(completion.logprobs) / max(1, len(completion.ids))
-
-
 def validate(args, leader, rows):
     """While it trains: the share of right answers to questions never trained on, alone and with
     the team. rows: {question, answer, responses: {agent's name: [its text]}}."""
@@ -444,7 +415,7 @@ def result_row(tasks, completions, who, name, stage=None, team=False, rounds=0, 
         "stage": stage,
         "team": team,
         "rounds": rounds,
-        "label": label_of(name, stage, team, rounds),
+        "label": compare.label_of(name, stage, team, rounds),
         "generations": len(completions[0]),
         "accuracy": fmean(correct),
         "ci": wilson(correct),
@@ -465,15 +436,6 @@ def split_by_task(tasks, correct):
     return dict(sorted(of_task.items()))
 
 
-def label_of(name, stage, team, rounds):
-    """What a row is called in tables and pictures."""
-    if not stage:
-        return name
-    if team:
-        return f"{stage} leader, team, T={rounds}"
-    return f"{stage} leader, alone"
-
-
 def is_right(who, task, completions):
     """By any agent's answer; by the majority's; by the leader's last, which is held to its tags."""
     if who == "leader":
@@ -485,16 +447,17 @@ def is_right(who, task, completions):
     return any(is_correct(answer, task["answer"]) for answer in answers)
 
 
-def vote(answers, seed):
-    """One of the most frequent answers; `(B)` and `b.` are votes for the same, None is no vote."""
+def vote(answers, question):
+    """One of the most frequent answers, drawn by lot. `(B)` and `b.` are votes for the same, None
+    is no vote."""
     votes = []
     for answer in answers:
         votes.append(sum(is_correct(other, answer) for other in answers))
     most = [answer for answer, n in zip(answers, votes) if n == max(votes)]
-    return random.Random(f"{SEED} {seed}").choice(most)
+    return random.Random(f"{SEED} {question}").choice(most)
 
 
-def wilson(correct, z=1.959964):
+def wilson(correct, z=compare.Z):
     """95% interval of a share, after Wilson: right for few questions and near 0 and 1 as well."""
     share = fmean(correct)
     n = len(correct)
@@ -502,260 +465,7 @@ def wilson(correct, z=1.959964):
     half = z * math.sqrt(share * (1 - share) / n + z**2 / n**2 / 4)
     low = (middle - half) / (1 + z**2 / n)
     high = (middle + half) / (1 + z**2 / n)
-    return [round(max(0.0, low), 4), round(max(0.0, high), 4)]
-
-
-# ------------------------------------------------------------------------------------- the gains
-
-
-@dataclass
-class Gain:
-    """In points of accuracy, with half of its 95% interval."""
-
-    points: float
-    half: float
-
-
-def paired_gain(differences):
-    """differences: by question, from -1 to 1. Pairs need fewer questions than two shares would."""
-    half = 196 * pstdev(differences) / math.sqrt(len(differences))
-    return Gain(100 * fmean(differences), half)
-
-
-def comparisons(results):
-    """{what: Gain} within a run: the last leader over what else one could have used."""
-    rows = {row["label"]: row for row in results["rows"]}
-    team = [row for row in results["rows"] if row["who"] == "agent"]
-    last_stage = results["rows"][-1]["stage"]
-    ours = f"{last_stage} leader, team, T=1"
-    majority = f"majority vote of {len(team)}"
-    pairs = []
-    if team:
-        rows["best single agent"] = max(team, key=lambda row: row["accuracy"])
-        for other in ("untrained leader, team, T=1", majority, "best single agent"):
-            pairs.append((ours, other))
-    pairs.append((f"{last_stage} leader, alone", "untrained leader, alone"))
-    found = {}
-    for label, other in pairs:
-        if label != other:  # the same if there was no training
-            differences = []
-            for right, other_right in zip(rows[label]["correct"], rows[other]["correct"]):
-                differences.append(int(right) - int(other_right))
-            found[f"{label} - {other}"] = paired_gain(differences)
-    if team:
-        gap = rows["any agent right"]["accuracy"] - rows[majority]["accuracy"]
-        if gap:
-            gain = found[f"{ours} - {majority}"]
-            closed = Gain(gain.points / gap, gain.half / gap)
-            found["% of the way from the majority to any agent right"] = closed
-    return found
-
-
-@dataclass
-class RunGroup:
-    """Runs that differ in nothing but their seed (and where, and in how much memory, they ran)."""
-
-    name: str  # A, B, ...
-    settings: dict
-    folders: list
-    seeds: list
-    results: list
-
-
-def group_runs(folders, configs, results):
-    """The `RunGroup`s of these runs, in the order in which they are given."""
-    letters = ascii_uppercase + ascii_lowercase
-    groups = []
-    for folder, config, of_run in zip(folders, configs, results):
-        settings = settings_that_count(config)
-        fitting = [group for group in groups if group.settings == settings]
-        if fitting:
-            group = fitting[0]
-        else:
-            group = RunGroup(letters[len(groups)], settings, [], [], [])
-            groups.append(group)
-        group.folders.append(str(folder))
-        group.seeds.append(config["seed"])
-        group.results.append(of_run)
-    return groups
-
-
-def settings_that_count(config):
-    """Those in which two runs must agree to be repetitions of each other."""
-    never = {"seed", *runs.WHERE, *runs.MEMORY_ONLY}
-    settings = {name: value for name, value in config.items() if name not in never}
-    if agents.team_names(config["agents"]):
-        settings["proposals"] = ""  # whoever asked: train.py makes sure that they are this team's
-    return settings
-
-
-def differing_settings(groups):
-    """The names of the settings in which not all groups agree."""
-    names = {}  # a set that keeps its order
-    for group in groups:
-        names.update(dict.fromkeys(group.settings))
-    first = groups[0].settings
-    differing = []
-    for name in names:
-        if any(group.settings.get(name) != first.get(name) for group in groups):
-            differing.append(name)
-    return differing
-
-
-def group_gains(before, after):
-    """{what: Gain of the group `after` over the group `before`}, paired by question; None where
-    not one answer differs. Where both have runs of the same seeds, of these alone."""
-    shared = set(before.seeds) & set(after.seeds)
-    runs_before = runs_of_seeds(before, shared)
-    runs_after = runs_of_seeds(after, shared)
-    questions = set.intersection(*(set(run["question_ids"]) for run in runs_before + runs_after))
-    if not questions:
-        raise ValueError(f"no question was put to all runs of {before.name} and {after.name}")
-    gains = {}
-    for label_before, label_after in comparable_labels(runs_before[0], runs_after[0]):
-        shares_before = share_by_question(runs_before, label_before)
-        shares_after = share_by_question(runs_after, label_after)
-        differences = []
-        for question in sorted(questions):
-            differences.append(shares_after[question] - shares_before[question])
-        what = f"{label_after} - {label_before}"
-        if label_before == label_after:
-            what = label_after
-        gains[what] = paired_gain(differences) if any(differences) else None
-    return gains
-
-
-def runs_of_seeds(group, seeds):
-    """The results of the group's runs with these seeds; of all, if there are no seeds."""
-    found = []
-    for seed, results in zip(group.seeds, group.results):
-        if seed in seeds or not seeds:
-            found.append(results)
-    return found
-
-
-def comparable_labels(before, after):
-    """Pairs of labels: of the rows that both results have, and of the leaders at their best: a team
-    of one run beside the plain GRPO of the other."""
-    labels_after = {neutral_label(row): row["label"] for row in after["rows"]}
-    pairs = []
-    for row in before["rows"]:
-        if neutral_label(row) in labels_after:
-            pairs.append((row["label"], labels_after[neutral_label(row)]))
-    last = (last_of_round_1(before), last_of_round_1(after))
-    if last not in pairs:
-        pairs.append(last)
-    return pairs
-
-
-def neutral_label(row):
-    """The label of a row, whatever the method that trained its leader."""
-    stage = "trained" if row["stage"] in ("mlpo", "grpo") else row["stage"]
-    return label_of(row["name"], stage, row["team"], row["rounds"])
-
-
-def last_of_round_1(results):
-    """The label of the last leader's row after one round: with its team, if it has one."""
-    return [row["label"] for row in results["rows"] if row["rounds"] == 1][-1]
-
-
-def share_by_question(results_of_runs, label):
-    """{question's id: in which share of these runs the row with this label is right}."""
-    bits = {}
-    for results in results_of_runs:
-        [row] = [row for row in results["rows"] if row["label"] == label]
-        for question, bit in zip(results["question_ids"], row["correct"]):
-            bits.setdefault(question, []).append(int(bit))
-    return {question: fmean(of_question) for question, of_question in bits.items()}
-
-
-# ------------------------------------------------------------------------------------- the screen
-
-
-def print_table(results_of_runs):
-    """The table, and the gains within each run; of several runs mean and spread."""
-    print_rows(results_of_runs)
-    print("\nGains in points, with 95% intervals (of several runs: mean ± sd):")
-    gains = {}
-    for results in results_of_runs:
-        for what, gain in comparisons(results).items():
-            gains.setdefault(what, []).append(gain)
-    for what, of_runs in gains.items():
-        points = [gain.points for gain in of_runs]
-        spread = stdev(points) if len(points) > 1 else of_runs[0].half
-        print_gain(what, Gain(fmean(points), spread))
-
-
-def print_gain(what, gain):
-    print(f"{gain.points:+6.1f} ±{gain.half:4.1f}  {what}")
-
-
-LINE = "{:28.27}{:>8}{:>14}{:>7}{:>7}{:>7}"  # label, right, spread, calls, prompt, output
-TASK = "{:>9}"
-
-
-def print_rows(results_of_runs):
-    """A line per row: right answers with their 95% interval, of several runs mean and spread."""
-    first = results_of_runs[0]
-    tasks = list(first["rows"][0]["per_task"])[:5]  # what fits; results.json has all
-    print(f"\n{Path(first['dataset']).name}: {first['questions']} questions,", end=" ")
-    print(f"{first['unknown_words']:.1%} of the words unknown (all tasks: results.json)\n")
-    heads = ["calls, tokens: per question", "right %", "95% or ± sd", "calls", "prompt", "output"]
-    heads += [task.split("_")[0][:8] for task in tasks]
-    line = LINE + TASK * len(tasks)
-    print(line.format(*heads))
-    same = {}  # what a line is about -> its row in each run
-    for results in results_of_runs:
-        for row in results["rows"]:
-            same.setdefault((row["label"], row["name"]), []).append(row)
-    for (label, _), rows in same.items():
-        print(line.format(label[-27:], *cells_of(rows, tasks)))
-
-
-def cells_of(rows, tasks):
-    """What stands in a line of the table, after its label: of the same row in each run."""
-    right = [100 * row["accuracy"] for row in rows]
-    if len(rows) > 1:
-        spread = f"±{stdev(right):.1f}"
-    else:
-        low, high = rows[0]["ci"]
-        spread = f"{100 * low:.1f}-{100 * high:.1f}"
-    cells = [f"{fmean(right):.1f}", spread]
-    for key in ("generations", "prompt_tokens", "generated_tokens"):
-        cells.append(f"{fmean(row[key] for row in rows):.0f}")
-    for task in tasks:
-        cells.append(f"{fmean(100 * row['per_task'].get(task, math.nan) for row in rows):.0f}")
-    return cells
-
-
-def print_groups(groups):
-    """A table for each group, headed by its settings, then the gains of the others over A."""
-    differing = differing_settings(groups)
-    for group in groups:
-        values = [f"{name}={shown(group.settings.get(name))}" for name in differing]
-        print(f"\n{group.name}: {'; '.join(values)}  ({', '.join(group.folders)})")
-        print_rows(group.results)
-    first, *others = groups
-    for group in others:
-        what = f"Gains of {group.name} over {first.name} in points, paired by question"
-        print(f"\n{what}, with 95% intervals over questions (not over seeds):")
-        same = []
-        for label, gain in group_gains(first, group).items():
-            if gain:
-                print_gain(label, gain)
-            else:
-                same.append(label)
-        if same:
-            print(fill(f"The same in both: {'; '.join(same)}", 100, subsequent_indent="  "))
-
-
-def shown(value):
-    """A setting's value as it is written in a heading."""
-    if value is None:
-        return "not set"  # by the version of train.py that made this run
-    if isinstance(value, list):
-        return f"[{', '.join(map(str, value))}]"
-    return str(value) or '""'
+    return [round(max(0.0, low), 4), round(min(1.0, high), 4)]
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ For one prompt the policy writes G completions, and each gets a reward r_i. Then
 the group in place of a learned value function,
 
     A_i     = r_i - mean(r_1 ... r_G)                                   `group_advantages`
-    rho_it  = pi(token t of i) / pi_old(token t of i)                   `completion_logprobs`
-    J       = 1/Z sum_i sum_t min(rho_it A_i, clip(rho_it, 1 - eps, 1 + eps) A_i) - beta k3_it
+    log pi(token t of i)                                                `completion_logprobs`
+    rho_it  = exp(log pi - log pi_old), both at the sampling temperature
+    J       = 1/Z sum_i sum_t [min(rho_it A_i, clip(rho_it, 1 - eps, 1 + eps) A_i) - beta k3_it]
     loss    = -J                                                        `grpo_loss`, `k3`
 
 pi is the policy (the leader as it is), pi_old the policy that sampled, and the reference (of k3)

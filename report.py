@@ -33,7 +33,10 @@ def transcripts(results, tasks, texts):
     for row in results["rows"]:
         if row["stage"] in ("untrained", last_stage) and row["rounds"] == 1:
             leaders.append(row)
-    before, after = leaders[-2:] if len(leaders) > 1 else leaders * 2
+    with_team = any(row["team"] for row in leaders)
+    compared = [row for row in leaders if row["team"] == with_team]
+    before = compared[0]
+    after = compared[-1]  # the same row where nothing was trained
     page = [f"# Who said what: {results['dataset']}\n"]
     for i in changed_first(before["correct"], after["correct"])[:SHOWN]:
         page.append(f"## {tasks[i]['task']}\n\n{block(tasks[i]['question'])}")
@@ -114,10 +117,13 @@ def plot_curves(metrics, path):
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    rewards = [row["reward"] for row in metrics if row["phase"] == "mlpo"]
+    rows = [row for row in metrics if row["phase"] == "mlpo"]
+    steps = [row["step"] for row in rows]
+    rewards = [row["reward"] for row in rows]
     if rewards:
-        left.plot(rewards, color="silver", label="each step")
-        left.plot(smooth(rewards), color="black", label=f"mean of {2 * SMOOTHED + 1} steps")
+        left.plot(steps, rewards, color="silver", label="each step")
+        mean = f"mean of {2 * SMOOTHED + 1} steps"
+        left.plot(steps, smooth(rewards), color="black", label=mean)
     left.set(title="Mean reward of samples")
     for mode, color in (("alone", BLUE), ("team", ORANGE)):
         looks = [row for row in metrics if mode in row]

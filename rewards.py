@@ -131,8 +131,10 @@ def plain(text):
 def value(text):
     r"""What is compared: a letter, a number (2\frac12 is not 21/2), or all the words and signs."""
     text = re.sub(r"^\(?([a-z])\)?$", r"\1", text)  # (B) is B
-    if match := NUMBER.fullmatch(FRACTION.sub(r" \1\2/\3\4 ", UNIT.sub("", text)).strip()):
-        return Fraction(match[1] + match[2].replace(",", "")) / int(match[3] or 1), match[4]
+    number = NUMBER.fullmatch(FRACTION.sub(r" \1\2/\3\4 ", UNIT.sub("", text)).strip())
+    if number:
+        sign, digits, denominator, percent = number.groups()
+        return Fraction(sign + digits.replace(",", "")) / int(denominator or 1), percent
     return re.findall(r"\w+|[^\w\s,]", text)  # `])` is `] )`, but `12 3` is not `123`
 
 

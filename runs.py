@@ -56,13 +56,14 @@ def fail(message):
 def write_file(path, save):
     """Let `save(temporary path)` write, then move it into place: readers see all of it or none.
     ValueError if the disk is full; what was there before is whole."""
-    if rank():
+    if rank() != 0:  # one process writes
         return
     temporary = Path(f"{path}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # a folder left by a run that was killed
     try:
         save(temporary)
-        for file in temporary.glob("*") if temporary.is_dir() else [temporary]:
+        files = list(temporary.glob("*")) if temporary.is_dir() else [temporary]
+        for file in files:
             with open(file, "rb+") as handle:  # Windows flushes only what may be written
                 os.fsync(handle)
         os.replace(temporary, path)
@@ -132,7 +133,7 @@ def read_jsonl(path, repair=True):
 
 # --------------------------------------------------------------------------- the folder of a run
 
-# of these settings the result does not depend
+# the result does not depend on these settings
 WHERE = ("out", "resume", "device")
 MEMORY_ONLY = ("save_steps", "checkpointing", "tokens_per_batch", "plain")
 _locks = {}  # of the folders that are this process's until it ends, however it ends
@@ -315,6 +316,7 @@ class Phase:
     def log(self, kind=None, **values):
         """A row of metrics.jsonl, to 4 digits, and every few steps a line on the screen. `kind`: of
         a row that is not a step's, such as a look at the validation questions."""
+        # "phase": what the row is about; "during", below: the phase in which it was written
         row = {"phase": kind or self.name, "step": self.step}
         for name, value in values.items():
             row[name] = float(f"{value:.4g}") if isinstance(value, float) else value
@@ -374,8 +376,8 @@ def wait_for_all():
     gather([])
 
 
-def start_processes(args):
-    """A process per GPU (nccl), or several on the CPU (gloo)."""
+def join_processes(args):
+    """Under torchrun: join the others, a process per GPU (nccl) or several on the CPU (gloo)."""
     if "RANK" not in os.environ:
         return
     if args.device == "cuda":

@@ -16,7 +16,8 @@ class Completion:
 
     text: str  # decoded, without special tokens
     ids: list = field(default_factory=list)  # token ids, with the end of sequence if it came
-    logprobs: list = field(default_factory=list)  # of each, under the distribution it came from
+    # of each, at the sampling temperature (at 0: at 1)
+    logprobs: list = field(default_factory=list)
     finished: bool = True  # False: cut off by max_new_tokens
     prompt_ids: list = field(default_factory=list, repr=False)
 
@@ -40,23 +41,18 @@ def sample(
     Randomness comes from torch's global generator. `cache_class`: PlainCache (the default) or
     shared_prompt.SharedPromptCache. `cache_tokens`: how many tokens the cache may hold at a time.
     """
+    cache_class = cache_class or PlainCache
     results = [None] * len(prompts)
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # less padding
     while longest_first:
         longest = len(prompts[longest_first[0]])
-        size = max(1, cache_tokens // (longest + n * max_new_tokens))
+        size = max(1, cache_tokens // cache_class.tokens(longest, n, max_new_tokens))
         batch = longest_first[:size]
         longest_first = longest_first[size:]
         batch_prompts = [prompts[i] for i in batch]
         with autocast(model):
             completions = sample_batch(
-                model,
-                tokenizer,
-                batch_prompts,
-                n,
-                temperature,
-                max_new_tokens,
-                cache_class or PlainCache,
+                model, tokenizer, batch_prompts, n, temperature, max_new_tokens, cache_class
             )
         for position, i in enumerate(batch):
             results[i] = completions[position * n : (position + 1) * n]
@@ -70,22 +66,24 @@ def sample_batch(model, tokenizer, prompts, n, temperature, max_new_tokens, cach
     prompt_ids, prompt_mask = pad(prompts, model.device, "left")  # (B, P) each
     cache, logits = cache_class.read(model, prompt_ids, prompt_mask, n, max_new_tokens)
     stop = torch.tensor(stop_ids(model, tokenizer), device=model.device)
-    position = prompt_mask.sum(1).repeat_interleave(n)  # (rows,), of the token to be drawn
+    prompt_length = prompt_mask.sum(1).repeat_interleave(n)  # (rows,)
     written = Written(len(logits), max_new_tokens, model.device)
     running = Running(len(logits), n, model.device)
     for t in range(max_new_tokens):
         logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # (rows, V)
         token = draw_tokens(logprobs) if temperature else logprobs.argmax(-1)  # (rows,)
         written.append(t, running, token, logprobs.gather(1, token[:, None])[:, 0])
+        # only now: the end of sequence belongs to the completion
         running.done |= torch.isin(token, stop)
         if t + 1 == max_new_tokens or running.done.all():
             break
         kept = running.drop_finished()
         if kept is not None:
             token = token[kept.rows]
-            position = position[kept.rows]
+            prompt_length = prompt_length[kept.rows]
             cache.keep(kept)
-        logits = cache.step(model, token[:, None], (position + t)[:, None])
+        position = prompt_length + t  # of the token just drawn
+        logits = cache.step(model, token[:, None], position[:, None])
     return written.completions(tokenizer, prompts, n, stop.tolist())
 
 
@@ -99,9 +97,9 @@ class Written:
 
     def append(self, t, running, token, logprob):
         """Token number t of the rows that are still in the batch: (rows,) each."""
-        self.tokens[running.row, t] = token
-        self.logprobs[running.row, t] = logprob
-        self.lengths[running.row] += ~running.done  # what a finished row draws is cut off
+        self.tokens[running.origin, t] = token
+        self.logprobs[running.origin, t] = logprob
+        self.lengths[running.origin] += ~running.done  # what a finished row draws is cut off
 
     def completions(self, tokenizer, prompts, n, stop):
         tokens = self.tokens.tolist()
@@ -119,10 +117,10 @@ class Written:
 
 @dataclass
 class Kept:
-    """What stays of a batch: indices of rows, (rows,); which prompts still have any, (B,)."""
+    """What stays of a batch when it shrinks."""
 
-    rows: torch.Tensor
-    prompts: torch.Tensor
+    rows: torch.Tensor  # (rows that stay,): their indices in the batch as it was
+    prompts: torch.Tensor  # (B,): True for a prompt that still has any
 
 
 class Running:
@@ -134,7 +132,7 @@ class Running:
     """
 
     def __init__(self, rows, n, device):
-        self.row = torch.arange(rows, device=device)  # which row of `Written` each of them is
+        self.origin = torch.arange(rows, device=device)  # of each, its row in `Written`
         self.done = torch.zeros(rows, dtype=torch.bool, device=device)
         self.slots = n
 
@@ -143,12 +141,13 @@ class Running:
         alive = ~self.done.view(-1, self.slots)  # (B, slots)
         most = int(alive.sum(1).max())
         busy = alive.any(1)  # (B,)
-        if int(busy.sum()) * most > 0.8 * len(self.row):
+        if int(busy.sum()) * most > 0.8 * len(self.origin):
             return None
         alive_first = torch.argsort((~alive).int(), dim=1, stable=True)[:, :most]  # (B, most)
-        grid = torch.arange(len(self.row), device=self.row.device).view(-1, self.slots)
+        # some finished rows stay, to fill the grid
+        grid = torch.arange(len(self.origin), device=self.origin.device).view(-1, self.slots)
         rows = grid.gather(1, alive_first)[busy].flatten()
-        self.row = self.row[rows]
+        self.origin = self.origin[rows]
         self.done = self.done[rows]
         self.slots = most
         return Kept(rows, busy)
@@ -156,6 +155,11 @@ class Running:
 
 class PlainCache:
     """The plain way: every row has its own copy of its prompt's keys and values."""
+
+    @staticmethod
+    def tokens(prompt, n, new):
+        """How many tokens it holds for n rows behind a prompt."""
+        return n * (prompt + new)
 
     @classmethod
     def read(cls, model, prompt_ids, prompt_mask, n, max_new_tokens):

@@ -30,7 +30,8 @@ OPENER = urllib.request.build_opener(NoRedirect)
 
 class ServedModel:
     """An agent on a server, asked like any other agent. Every reply is at once in the `journal`,
-    and the next start takes it from there: the j-th time that something is asked, the j-th reply.
+    and the next start takes it from there: the j-th time that something is asked, the j-th reply
+    (of one prompt's n samples, asked for at once, in any order).
 
     name: http://server/v1#model. ValueError, of one line, if nobody answers there."""
 
@@ -38,10 +39,11 @@ class ServedModel:
         self.name = name
         self.journal = journal
         self.url, self.model = name.split("#")
-        self.key = os.environ.get("MLPO_API_KEY") or "EMPTY"  # never the token for the hub
+        self.api_key = os.environ.get("MLPO_API_KEY") or "EMPTY"  # never the token for the hub
         self.stop = threading.Event()  # set: ask no more
         self.hint = ""
-        self.saved = {}  # key of what was asked -> rows of the journal, not yet used
+        self.saved = {}  # hash of what was asked -> rows of the journal, not yet used
+        self.lock = threading.Lock()  # of `saved`: many ask at once
         self.request(HELLO, 1.0, 1, WAITS[:4], TIMEOUT / 5)  # anybody there?
         self.hint = ". What it said is saved: repeat the command (train.py's with --resume)"
         for row in read_jsonl(journal):
@@ -69,18 +71,19 @@ class ServedModel:
 
     def fingerprint(self, prompt, temperature, max_new_tokens):
         """Of all that is known of what makes its responses: its weights are not."""
-        return self.key_of(prompt, temperature, max_new_tokens)
+        return self.hash_of_request(prompt, temperature, max_new_tokens)
 
-    def key_of(self, messages, temperature, max_new_tokens):
+    def hash_of_request(self, messages, temperature, max_new_tokens):
         asked = json.dumps([self.name, messages, temperature, max_new_tokens])
         return hashlib.sha256(asked.encode()).hexdigest()
 
     def ask(self, messages, temperature, max_new_tokens):
         """One `Completion`: from the journal if it is there, else from the server."""
-        key = self.key_of(messages, temperature, max_new_tokens)
-        if self.saved.get(key):
-            row = self.saved[key].pop(0)
-        else:
+        key = self.hash_of_request(messages, temperature, max_new_tokens)
+        with self.lock:
+            rows = self.saved.get(key)
+            row = rows.pop(0) if rows else None
+        if row is None:
             reply = self.request(messages, temperature, max_new_tokens, WAITS, TIMEOUT)
             row = {"agent": self.name, "key": key, **reply}
             append_jsonl(self.journal, [row])
@@ -98,17 +101,17 @@ class ServedModel:
                 return read_reply(reply, messages, max_new_tokens)
             except Exception as error:  # of a dozen kinds: refused, reset, late, not JSON, null
                 status = getattr(error, "code", 0)
-                refused = 300 <= status < 500 and status not in (408, 429)
-                if refused or wait is None or self.stop.wait(wait):
+                final = 300 <= status < 500 and status not in (408, 429)  # the same next time
+                if final or wait is None or self.stop.wait(wait):
                     reason = f"{status or type(error).__name__}: {error}"
-                    reason = " ".join(reason.replace(self.key, "(key)").split())[:300]
+                    reason = " ".join(reason.replace(self.api_key, "(key)").split())[:300]
                     raise ValueError(
                         f"agent {self.name} does not answer: {reason}{self.hint}"
                     ) from None
 
     def post(self, asked, timeout):
         """The JSON that the server sends back; an exception of urllib or json if it sends none."""
-        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
+        headers = {"Authorization": f"Bearer {self.api_key}", "Content-Type": "application/json"}
         request = urllib.request.Request(
             f"{self.url}/chat/completions", json.dumps(asked).encode(), headers
         )

@@ -1,8 +1,9 @@
 """The fast way of sampling and of log-probabilities: a prompt is run once for its whole group.
 
-G completions share one prompt of P tokens; each has R of its own. The plain way keeps, reads and
-trains on G (P + R) tokens, this one on P + G R. With K responses in the prompt, P is much longer
-than R: at P = 500, R = 125, G = 8 that is 1,500 tokens instead of 5,000.
+G completions share one prompt of P tokens; each has R of its own. The plain way runs the model on
+G (P + R) tokens, this one on P + G R. With K responses in the prompt, P is much longer than R: at
+P = 500, R = 125, G = 8 that is 1,500 tokens instead of 5,000. In sampling the cache is as much
+smaller; in training each row still gets a copy of its prompt's keys and values.
 
 Both are equal to the plain way: tests/test_shared_prompt.py compares tokens, log-probabilities and
 gradients. `--plain` switches this file off, so that both can be timed.
@@ -22,6 +23,11 @@ class SharedPromptCache:
     has room for all its tokens. For P prompt and R own tokens the plain cache holds and reads
     n (P + R) of them, and copies all of them for every token (a stock cache concatenates); this
     one holds and reads P + n R, and copies none."""
+
+    @staticmethod
+    def tokens(prompt, n, new):
+        """How many tokens it holds for n rows behind a prompt."""
+        return prompt + n * new
 
     @classmethod
     def read(cls, model, prompt_ids, prompt_mask, n, max_new_tokens):
@@ -49,7 +55,7 @@ class SharedPromptCache:
         usual = config._attn_implementation
         config._attn_implementation = "shared_prompt"
         try:
-            output = model(token, position_ids=position, use_cache=False, shared_prompt=self)
+            output = model(token, position_ids=position, use_cache=False, prompt_cache=self)
         finally:
             config._attn_implementation = usual
         return output.logits[:, -1]
@@ -64,24 +70,24 @@ class SharedPromptCache:
 
 
 def shared_prompt_attention(
-    module, query, key, value, attention_mask, scaling=None, shared_prompt=None, **unused
+    module, query, key, value, attention_mask, scaling=None, prompt_cache=None, **unused
 ):
     """Attention of each row's new token to its group's prompt and to the row's own text:
     softmax([q K_prompt^T, q K_own^T] / sqrt(d)) [V_prompt; V_own], in two parts that meet in the
     softmax. The scores against a prompt are one matrix product for its whole group, so that the
     prompt is read once per token, not once per row.
 
-    With grouped-query attention `shared` query heads read each key-value head; they too go into
+    With grouped-query attention `sharing` query heads read each key-value head; they too go into
     that product. Shapes, for B prompts with G rows each, rows = B G, t own tokens:
 
-        query        (rows, heads, 1, d)   heads = kv_heads x shared
+        query        (rows, heads, 1, d)   heads = kv_heads x sharing
         key, value   (rows, kv_heads, 1, d)
-        prompt       (B, kv_heads, P, d)     by group: (B, kv_heads, G x shared, ...)
-        own          (rows, kv_heads, t, d)  by row:   (rows, kv_heads, shared, ...)
+        prompt       (B, kv_heads, P, d)     by group: (B, kv_heads, G x sharing, ...)
+        own          (rows, kv_heads, t, d)  by row:   (rows, kv_heads, sharing, ...)
     """
-    prompt_keys, prompt_values = shared_prompt.prompt[module.layer_idx]
-    own_keys, own_values = shared_prompt.own[module.layer_idx]
-    now = shared_prompt.length
+    prompt_keys, prompt_values = prompt_cache.prompt[module.layer_idx]
+    own_keys, own_values = prompt_cache.own[module.layer_idx]
+    now = prompt_cache.length
     own_keys[:, :, now - 1] = key[:, :, 0]
     own_values[:, :, now - 1] = value[:, :, 0]
     own_keys = own_keys[:, :, :now]
@@ -90,31 +96,31 @@ def shared_prompt_attention(
     prompts, kv_heads, prompt_length, d = prompt_keys.shape
     rows, heads = query.shape[:2]
     group = rows // prompts
-    shared = heads // kv_heads
+    sharing = heads // kv_heads
 
-    def by_group(x):  # (rows, kv_heads, shared, ...) -> (B, kv_heads, G x shared, ...)
-        x = x.view(prompts, group, kv_heads, shared, -1).transpose(1, 2)
-        return x.reshape(prompts, kv_heads, group * shared, -1)
+    def by_group(x):  # (rows, kv_heads, sharing, ...) -> (B, kv_heads, G x sharing, ...)
+        x = x.view(prompts, group, kv_heads, sharing, -1).transpose(1, 2)
+        return x.reshape(prompts, kv_heads, group * sharing, -1)
 
     def by_row(x):  # the way back
-        x = x.view(prompts, kv_heads, group, shared, -1).transpose(1, 2)
-        return x.reshape(rows, kv_heads, shared, -1)
+        x = x.view(prompts, kv_heads, group, sharing, -1).transpose(1, 2)
+        return x.reshape(rows, kv_heads, sharing, -1)
 
-    query = (query * scaling).view(rows, kv_heads, shared, d)
-    to_prompt = by_group(query) @ prompt_keys.transpose(2, 3) + shared_prompt.prompt_bias
+    query = (query * scaling).view(rows, kv_heads, sharing, d)
+    to_prompt = by_group(query) @ prompt_keys.transpose(2, 3) + prompt_cache.prompt_bias
     to_own = by_group(query @ own_keys.transpose(2, 3))
-    scores = torch.cat([to_prompt, to_own], dim=-1).float()  # (B, kv_heads, G x shared, P + t)
+    scores = torch.cat([to_prompt, to_own], dim=-1).float()  # (B, kv_heads, G x sharing, P + t)
     weights = scores.softmax(dim=-1).to(value.dtype)
     from_prompt = weights[..., :prompt_length] @ prompt_values
     from_own = by_row(weights[..., prompt_length:]) @ own_values
-    output = by_row(from_prompt) + from_own  # (rows, kv_heads, shared, d)
+    output = by_row(from_prompt) + from_own  # (rows, kv_heads, sharing, d)
     return output.reshape(rows, 1, heads, d), None
 
 
 AttentionInterface.register("shared_prompt", shared_prompt_attention)
 
 
-def shares_prompts(model):
+def can_sample_with_shared_prompt(model):
     """Whether the two-part attention above is this model's own: plain, over the whole context."""
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -136,20 +142,20 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
     group = len(completions[0])
     device = model.device
     # the prompt's last token predicts the completion's first: it is run with the completion
-    heads = [prompt[:-1] for prompt in prompts]
-    tails = []  # per completion: the tokens after which one of its own is predicted
+    beginnings = [prompt[:-1] for prompt in prompts]
+    inputs = []  # per completion: the tokens after which one of its own is predicted
     written = []  # per completion: its token ids
     for prompt, of_prompt in zip(prompts, completions):
-        tails += [prompt[-1:] + ids[:-1] for ids in of_prompt]
+        inputs += [prompt[-1:] + ids[:-1] for ids in of_prompt]
         written += of_prompt
     targets, mask = pad(written, device, "right")  # (B G, R)
     logprobs = torch.zeros(mask.shape, device=device)
     with autocast(model):
-        prompt_cache, prompt_mask = run_prompts(model, heads)
-        for part in alike_in_length(tails):
+        prompt_cache, prompt_mask = run_prompts(model, beginnings)
+        for part in alike_in_length(inputs):
             rows = torch.tensor(part, device=device)
-            hidden = run_tails(
-                model, [tails[i] for i in part], prompt_cache, prompt_mask, rows // group
+            hidden = run_completions(
+                model, [inputs[i] for i in part], prompt_cache, prompt_mask, rows // group
             )  # (part, R', d): R' is the longest of this part
             own_row, token = mask[rows].nonzero(as_tuple=True)  # (tokens,) each
             place = (rows[own_row], token)
@@ -159,28 +165,28 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
     return logprobs, mask
 
 
-def run_prompts(model, heads):
+def run_prompts(model, beginnings):
     """Keys and values of the prompts but for their last token, with gradient; mask (B, P - 1)."""
-    ids, mask = pad(heads, model.device, "left")
+    ids, mask = pad(beginnings, model.device, "left")
     cache = DynamicCache()
-    if mask.any():  # a prompt of one token has no head
+    if mask.any():  # a prompt of one token leaves nothing to run
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         model.base_model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
     return cache, mask
 
 
-def run_tails(model, tails, prompt_cache, prompt_mask, prompt_of):
+def run_completions(model, inputs, prompt_cache, prompt_mask, prompt_of):
     """Hidden states (rows, R', d) of completions behind their prompts; prompt_of: (rows,), indices
     of prompts."""
-    ids, own_mask = pad(tails, model.device, "right")
-    shared = []
+    ids, own_mask = pad(inputs, model.device, "right")
+    copied = []  # per layer: keys and values, (rows, kv_heads, P - 1, d) each
     for layer in prompt_cache.layers:
         # index_select, not x[prompt_of]: the backward of that adds up in any order
         keys = layer.keys.index_select(0, prompt_of)
         values = layer.values.index_select(0, prompt_of)
-        shared.append((keys, values))
-    cache = DynamicCache(shared) if shared else None
-    del shared  # the list would hold the memory
+        copied.append((keys, values))
+    cache = DynamicCache(copied) if copied else None
+    del copied  # the list would hold the memory
     mask = torch.cat([prompt_mask[prompt_of], own_mask], dim=1)  # (rows, P - 1 + R')
     positions = mask.cumsum(1)[:, -ids.shape[1] :] - 1
     return model.base_model(

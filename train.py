@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers.hf_argparser import HfArgumentParser
 
 import agents
+import compare
 import evaluate
 import grpo
 import runs
@@ -180,12 +181,12 @@ def check_numbers(args):
 def main(argv=None):
     """The method: proposals, filter, SFT, MLPO, evaluation."""
     args = parse(argv)
-    runs.start_processes(args)
+    runs.join_processes(args)
     run = runs.claim_folder(args.out, asdict(args), asdict(Arguments()), args.resume)
     if not (run / "results.json").exists():  # else it is finished: just its table once more
         train(args, run)
     if runs.rank() == 0 and args.eval_questions:
-        evaluate.print_table([evaluate.measure(run)])
+        compare.print_table([evaluate.measure(run)])
 
 
 def train(args, run):
@@ -479,42 +480,44 @@ class Group:
 
     completions: list  # G Completions
     verdicts: list  # G Verdicts
-    advantages: list  # G numbers
+    advantages: torch.Tensor  # (G,)
 
 
 def mlpo(args, run, leader, team, rows, held_out):
     """GRPO on the leader, with the team's cached responses in its prompt. Leaves `leader/`."""
     policy = leader.model
+    # before `Phase`, which puts a resumed run's later policy in place
     reference = frozen_copy(policy) if args.kl_coef else None
     optimizer = make_optimizer(args, policy, args.lr)
     phase = runs.Phase(run, "mlpo", args.steps, args.save_steps, policy, optimizer)
     batches = question_batches(rows, args.questions_per_step, args.seed, phase.step)
     with phase:
-        for step, questions in zip(phase.steps(), batches):
+        for step, rows_of_step in zip(phase.steps(), batches):
             if step % args.validate_every == 0:
                 phase.log("validation", **evaluate.validate(args, leader, held_out))
             rng = seed_everything(args.seed, "mlpo", step)
             clock = Stopwatch()
 
-            questions, responses, refining = choose_responses(args, rng, leader, team, questions)
+            questions = runs.share(rows_of_step)  # this process's, if there are several
+            responses, refine_tokens = choose_responses(args, rng, leader, team, rows_of_step)
             prompts = leader_prompts(questions, responses)
             completions = leader.answer(prompts, n=args.group_size, **sampling_settings(args))
             verdicts = judge_groups(questions, completions)
             rewards = rewards_of(verdicts)  # (questions, G)
             advantages = grpo.group_advantages(rewards, args.scale_rewards)  # (questions, G)
+            groups = list(map(Group, completions, verdicts, advantages))
             clock.lap("sampling")
 
             rate = learning_rate(step, args.steps, args.lr, args.warmup)
             updates = []
             for _ in range(args.updates):
-                loss = loss_and_gradient(args, policy, reference, completions, advantages)
+                loss = loss_and_gradient(args, policy, reference, groups)
                 norm = gradient_step(policy, optimizer, rate)
                 phase.check_gradient(norm)
                 updates.append({**loss, "grad_norm": norm})
             clock.lap("training")
 
-            groups = map(Group, completions, verdicts, advantages.tolist())
-            log_step(phase, list(groups), updates, rate, refining, clock)
+            log_step(phase, groups, updates, rate, refine_tokens, clock)
     phase.log("validation", **evaluate.validate(args, leader, held_out))
     runs.save_model(run / "leader", leader)
 
@@ -539,21 +542,21 @@ def sampling_settings(args):
 
 
 def choose_responses(args, rng, leader, team, questions):
-    """Of a step's questions this process's share, for each {agent's name: its response} (after some
-    rounds, with --train_rounds), and how many tokens were written in these rounds."""
+    """For each question of this process's share {agent's name: its response}, refined some times
+    with --train_rounds; and how many tokens were read and written in refining."""
+    # drawn for all questions, so that every process draws the same
     responses = [pick_responses(rng, row, args) for row in questions]
-    rounds = [rng.randrange(args.train_rounds) for _ in questions]
-    questions = runs.share(questions)
+    refinements = [rng.randrange(args.train_rounds) for _ in questions]
     responses, written = agents.refine(
         leader,
         team,
-        [row["question"] for row in questions],
+        [row["question"] for row in runs.share(questions)],
         runs.share(responses),
-        runs.share(rounds),
+        runs.share(refinements),
         **sampling_settings(args),
     )
     tokens = sum(len(c.prompt_ids) + len(c.ids) for c in written)
-    return questions, responses, tokens
+    return responses, tokens
 
 
 def leader_prompts(questions, responses):
@@ -580,15 +583,11 @@ def rewards_of(verdicts):
     return torch.tensor(rewards, dtype=torch.float32)
 
 
-def loss_and_gradient(args, policy, reference, completions, advantages):
-    """Add up the gradient of grpo.grpo_loss over the step's completions, some groups at a time.
-    completions: per question G `Completion`s; advantages: (questions, G). Returns the loss and, per
-    token, the KL and the share that was clipped."""
-    groups = []
-    for group, of_group in zip(completions, advantages):
-        # a flat group has nothing to compare: only the KL term could still pull on it
-        if of_group.any() or args.kl_coef:
-            groups.append(Group(group, [], of_group))
+def loss_and_gradient(args, policy, reference, groups):
+    """Add up the gradient of grpo.grpo_loss over the step's `Group`s, some of them at a time.
+    Returns the loss and, per token that was trained on, the KL and the share that was clipped."""
+    # a flat group has nothing to compare: only the KL term could still pull on it
+    groups = [group for group in groups if group.advantages.any() or args.kl_coef]
     # one denominator for the step, however it is cut, and whichever process has a share of it
     normalizer = args.questions_per_step * args.group_size * args.max_new_tokens
     sums = {"loss": 0.0, "clipped": 0.0, "kl": 0.0, "tokens": 0.0}
@@ -614,7 +613,7 @@ def part_loss(args, policy, reference, groups, normalizer):
     logprobs, mask = completion_logprobs(args, policy, prompts, completions, args.temperature)
     old_logprobs = pad_sequence(old_logprobs, batch_first=True).to(logprobs)  # (completions, R)
     advantages = torch.cat([group.advantages for group in groups]).to(logprobs)  # (completions,)
-    reference_logprobs = logprobs.detach()
+    reference_logprobs = logprobs.detach()  # without a reference: a KL of 0 in the log
     if reference is not None:
         with torch.no_grad():
             reference_logprobs, _ = completion_logprobs(
@@ -631,11 +630,14 @@ def part_loss(args, policy, reference, groups, normalizer):
         normalizer,
     )
     with torch.no_grad():
-        outside = ((logprobs - old_logprobs).exp() - 1).abs() > args.clip
+        ratio = (logprobs - old_logprobs).exp()
+        too_likely = (advantages[:, None] > 0) & (ratio > 1 + args.clip)
+        too_unlikely = (advantages[:, None] < 0) & (ratio < 1 - args.clip)
+        clipped = too_likely | too_unlikely  # these tokens have no gradient
         kl = grpo.k3(logprobs, reference_logprobs)
         counts = {
             "loss": loss.item(),
-            "clipped": (outside * mask).sum().item(),
+            "clipped": (clipped * mask).sum().item(),
             "kl": (kl * mask).sum().item(),
             "tokens": mask.sum().item(),
         }
@@ -645,9 +647,9 @@ def part_loss(args, policy, reference, groups, normalizer):
 def completion_logprobs(args, model, prompts, completions, temperature=1.0):
     """The plain way (grpo.py) or the fast one (shared_prompt.py). The fast one needs the cache that
     activation checkpointing switches off."""
-    plain = args.plain or args.checkpointing
-    way = grpo if plain else shared_prompt
-    return way.completion_logprobs(model, prompts, completions, temperature)
+    if args.plain or args.checkpointing:
+        return grpo.completion_logprobs(model, prompts, completions, temperature)
+    return shared_prompt.completion_logprobs(model, prompts, completions, temperature)
 
 
 def length_of_group(args):
@@ -730,14 +732,46 @@ class Stopwatch:
         self.last = now
 
 
-def log_step(phase, groups, updates, rate, refining, clock):
+def log_step(phase, groups, updates, rate, refine_tokens, clock):
     """A row of metrics.jsonl. `updates`: loss, kl, clipped and grad_norm of each gradient step, of
-    which the mean is logged; `refining`: tokens written in further rounds."""
+    which the mean is logged; `refine_tokens`: those of further rounds."""
     means = {name: fmean(update[name] for update in updates) for name in updates[0]}
-    numbers = evaluate.describe_step(runs.gather(groups))
-    numbers["tokens"] += sum(runs.gather([refining]))
+    numbers = describe_step(runs.gather(groups))
+    numbers["tokens"] += sum(runs.gather([refine_tokens]))
     speed = numbers["tokens"] / (time.time() - clock.began)
     phase.log(**means, lr=rate, **clock.laps, **numbers, tokens_per_s=speed)
+
+
+def describe_step(groups):
+    """A training step in numbers: means over its completions, shares of its groups, and `tokens`,
+    all that was read and written. groups: objects with G `completions`, G `verdicts` on them
+    (rewards.Verdict) and G `advantages`."""
+    completions = []
+    verdicts = []
+    tokens = 0
+    for group in groups:
+        completions += group.completions
+        verdicts += group.verdicts
+        tokens += len(group.completions[0].prompt_ids)
+    tokens += sum(len(completion.ids) for completion in completions)
+    return {
+        "reward": fmean(verdict.reward for verdict in verdicts),
+        "accuracy": fmean(verdict.right for verdict in verdicts),
+        "format": fmean(verdict.formatted for verdict in verdicts),
+        "length": fmean(len(completion.ids) for completion in completions),
+        "truncated": fmean(not completion.finished for completion in completions),
+        "entropy": fmean(entropy(completion) for completion in completions),
+        # groups from which nothing is learned, and why
+        "no_gradient": fmean(not group.advantages.any() for group in groups),
+        "all_right": fmean(all(v.right for v in group.verdicts) for group in groups),
+        "all_wrong": fmean(not any(v.right for v in group.verdicts) for group in groups),
+        "tokens": tokens,
+    }
+
+
+def entropy(completion):
+    """Per token, estimated from the tokens that were drawn; 0 if there are none."""
+    return -sum(completion.logprobs) / max(1, len(completion.ids))
 
 
 if __name__ == "__main__":

@@ -95,11 +95,14 @@ def measure(kind, phase, args):
         if args.checkpointing:
             model.activation_checkpointing_enable()
         ids = random.choices(range(2, 300), k=r)
-        groups = [[sampling.Completion("", ids, [-5.0] * r, True, x)] * g for x in prompts]
+        groups = []
+        for prompt in prompts:
+            completions = [sampling.Completion("", ids, [-5.0] * r, True, prompt)] * g
+            groups.append(train.Group(completions, [], torch.randn(g)))
         how = train.Arguments(questions_per_step=trained, group_size=g, max_new_tokens=r)
         how.tokens_per_batch = args.tokens_per_batch
         how.checkpointing = args.checkpointing
-        train.loss_and_gradient(how, model, None, groups, torch.randn(trained, g))
+        train.loss_and_gradient(how, model, None, groups)
         optimizer.step()
     return (step.peak(args.device) - before) * 2**20
 

@@ -117,12 +117,15 @@ def ours(kind, prompts, lengths, device):
     args = train.Arguments(questions_per_step=b, group_size=g, max_new_tokens=room)
     while True:
         with force_lengths(model, lengths):
-            groups = sampling.sample(model, tokenizer, prompts, g, 1.0, room, SharedPromptCache)
+            completions = sampling.sample(
+                model, tokenizer, prompts, g, 1.0, room, SharedPromptCache
+            )
         advantages = grpo.group_advantages(torch.rand(b, g))
-        train.loss_and_gradient(args, model, None, groups, advantages)
+        groups = [train.Group(c, [], a) for c, a in zip(completions, advantages)]
+        train.loss_and_gradient(args, model, None, groups)
         optimizer.step()
         optimizer.zero_grad()
-        yield [len(completion.ids) for completion in sum(groups, [])]
+        yield [len(completion.ids) for completion in sum(completions, [])]
 
 
 def plain(kind, prompts, lengths, device):

@@ -16,6 +16,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Conf
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+import train
+
 SHARED = ROOT.parent / "shared" / "data"
 
 
@@ -39,6 +42,11 @@ FRAGMENTS = ["<think>", "</think>", "<answer>", "</answer>", "<answer>8</answer>
              "or", "1,234.0", "\u200b", "\u202e", "\x00", "\ud800", "答案", "ответ", "إجابة", "İß",
              "²", "<|im_end|>", "é", "🦆", "−"]  # fmt: skip
 TEXT = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=20), max_size=12).map("".join)
+
+
+def grouped(completions, advantages):
+    """`Group`s without verdicts: all that the loss reads. One question's G completions in each."""
+    return [train.Group(of_prompt, [], a) for of_prompt, a in zip(completions, advantages)]
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import agents
+import compare
 import data
 import evaluate
 import runs
+import train
 from rewards import Verdict
 from sampling import Completion
 from train import Arguments, Group
@@ -549,9 +551,9 @@ def test_runs_with_other_questions_are_refused(run):
 
 def test_the_same_team_counts_whoever_sampled_its_proposals():
     mlpo = {"agents": ["a"], "proposals": "other/proposals.jsonl", "steps": 1, "seed": 5}
-    assert evaluate.settings_that_count(mlpo) == {"agents": ["a"], "steps": 1, "proposals": ""}
+    assert compare.settings_that_count(mlpo) == {"agents": ["a"], "steps": 1, "proposals": ""}
     grpo = {**mlpo, "agents": ["none"]}  # its SFT depends on whose they are
-    assert evaluate.settings_that_count(grpo)["proposals"] == "other/proposals.jsonl"
+    assert compare.settings_that_count(grpo)["proposals"] == "other/proposals.jsonl"
 
 
 def results_of(correct, questions="wxyz"):
@@ -565,8 +567,8 @@ def gain_between(seeds_before, before, seeds_after, after):
     """The gain that group_gains finds in groups of one row."""
     groups = []
     for name, seeds, results in (("A", seeds_before, before), ("B", seeds_after, after)):
-        groups.append(evaluate.RunGroup(name, {}, [], seeds, results))
-    gains = evaluate.group_gains(*groups)
+        groups.append(compare.RunGroup(name, {}, [], seeds, results))
+    gains = compare.group_gains(*groups)
     assert list(gains) == ["mlpo leader, alone"]
     return gains["mlpo leader, alone"]
 
@@ -577,14 +579,16 @@ def test_gains_between_groups_by_hand():
         [1, 2], [results_of("1111"), results_of("0011")],
         [2, 3], [results_of("0111"), results_of("0000")],
     )  # fmt: skip
-    assert gain.points == 25 and gain.half == pytest.approx(196 * 0.4330127 / 2)
+    assert gain.points == 25 and gain.half == pytest.approx(100 * compare.Z * 0.4330127 / 2)
     # no seed is in both: means per question of A are .5 .5 1 1, of B 1 1 1 .5
     gain = gain_between(
         [1, 2], [results_of("1111"), results_of("0011")],
         [3, 4], [results_of("1110"), results_of("1111")],
     )  # fmt: skip
     # differences .5 .5 0 -.5: mean 1/8, standard deviation sqrt(3/16 - 1/64)
-    assert gain.points == 12.5 and gain.half == pytest.approx(196 * (11 / 64) ** 0.5 / 2)
+    assert gain.points == 12.5 and gain.half == pytest.approx(
+        100 * compare.Z * (11 / 64) ** 0.5 / 2
+    )
     # a question that one run was trained on is missing there: w and y are left, in any order
     gain = gain_between([1], [results_of("0100", "wxyz")], [1], [results_of("11", "yw")])
     assert gain.points == 100 and gain.half == 0
@@ -597,7 +601,7 @@ def test_many_tasks_are_cut_off(run, capsys):
     results = evaluate.measure(run.path)
     for row in results["rows"]:
         row["per_task"] = {f"task_number_{i}": 0.5 for i in range(12)}
-    evaluate.print_table([results])
+    compare.print_table([results])
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 118 and printed.split().count("task") == 5
 
@@ -642,13 +646,13 @@ def test_wilson(hits, n, interval):
 
 def test_comparisons_by_hand(run):
     results = evaluate.measure(run.path)
-    found = evaluate.comparisons(results)
+    found = compare.comparisons(results)
     majority = pick(results, who="majority", generations=3)["accuracy"]
     values = [gain.points for gain in found.values()]
     closed = 100 * (0.75 - majority) / (0.75 - majority)
     assert values == pytest.approx([50, 75 - 100 * majority, 0, 50, closed])
     # untrained with team is right on q1, trained on q1-q3: differences 0, 1, 1, 0
-    assert list(found.values())[0].half == pytest.approx(49)
+    assert list(found.values())[0].half == pytest.approx(48.9991)
 
 
 # ------------------------------------------------------------------------ what training looks at
@@ -663,13 +667,15 @@ def test_a_step_in_numbers_by_hand():
     bare = Verdict(right=True, formatted=False, reward=1.0)
     wrong = Verdict(right=False, formatted=True, reward=0.1)
     groups = [
-        Group([completion(4), completion(2)], [right, wrong], [0.5, -0.5]),
-        Group([completion(2), completion(2)], [right, right], [0.0, 0.0]),
-        Group([completion(1), completion(1)], [right, bare], [0.05, -0.05]),
+        Group([completion(4), completion(2)], [right, wrong], torch.tensor([0.5, -0.5])),
+        Group([completion(2), completion(2)], [right, right], torch.zeros(2)),
+        Group([completion(1), completion(1)], [right, bare], torch.tensor([0.05, -0.05])),
         # the second wrote nothing at all
-        Group([completion(4, -1.5, False, 7), completion(0, prompt=7)], [wrong] * 2, [0.0, 0.0]),
+        Group(
+            [completion(4, -1.5, False, 7), completion(0, prompt=7)], [wrong] * 2, torch.zeros(2)
+        ),
     ]
-    assert evaluate.describe_step(groups) == pytest.approx(
+    assert train.describe_step(groups) == pytest.approx(
         {
             "reward": (1.1 + 0.1 + 1.1 + 1.1 + 1.1 + 1.0 + 0.1 + 0.1) / 8,
             "accuracy": 5 / 8,
@@ -692,7 +698,7 @@ def test_a_step_is_not_judged_again(monkeypatch):
     monkeypatch.setattr(evaluate, "is_correct", judge)
     monkeypatch.setattr(evaluate, "extract_answer", judge)
     verdict = Verdict(right=False, formatted=False, reward=0.0)
-    numbers = evaluate.describe_step([Group([completion(1)] * 2, [verdict] * 2, [0.0, 0.0])])
+    numbers = train.describe_step([Group([completion(1)] * 2, [verdict] * 2, torch.zeros(2))])
     assert numbers["all_wrong"] == numbers["no_gradient"] == 1 and numbers["all_right"] == 0
 
 

@@ -16,15 +16,15 @@ import agents, runs, sampling, train
 
 args = train.Arguments(device="cpu", questions_per_step=4, sft_batch=4, group_size=2,
                        max_new_tokens=8, tokens_per_batch=200)
-runs.start_processes(args)
+runs.join_processes(args)
 leader = agents.load_model("tiny")
 torch.manual_seed(0)
 prompts = [[5, 6, 7], [8], [9, 10], [11, 12]]
 groups = sampling.sample(leader.model, leader.tokenizer, prompts, 2, 1.0, 8)
 advantages = torch.tensor([[0.5, -0.5], [0.0, 0.0], [-0.5, 0.5], [0.0, 0.0]])
 mine = list(runs.share(range(4)))  # the second process has nothing but flat groups
-groups = [groups[i] for i in mine]
-train.loss_and_gradient(args, leader.model, None, groups, advantages[mine])
+groups = [train.Group(groups[i], [], advantages[i]) for i in mine]
+train.loss_and_gradient(args, leader.model, None, groups)
 runs.add_up_gradients(leader.model)
 if runs.rank() == 0:
     torch.save([p.grad for p in leader.model.parameters()], sys.argv[2])
@@ -38,7 +38,7 @@ import signal, torch
 import runs, train
 
 args = train.Arguments(device="cpu")
-runs.start_processes(args)
+runs.join_processes(args)
 model = torch.nn.Linear(3, 1)
 phase = runs.Phase(Path(sys.argv[2]), "mlpo", 30, 10, model, train.make_optimizer(args, model, 0.1))
 step = None

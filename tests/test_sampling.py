@@ -101,12 +101,12 @@ def test_the_grid_shrinks_to_the_prompt_that_has_most_left():
     kept = running.drop_finished()
     assert kept.prompts.tolist() == [True, True, False]
     assert kept.rows.tolist() == [2, 3, 4, 5]  # 5 is finished: it fills the second prompt's place
-    assert running.row.tolist() == [2, 3, 4, 5] and running.slots == 2
+    assert running.origin.tolist() == [2, 3, 4, 5] and running.slots == 2
     assert running.done.tolist() == [False, False, False, True]
     running.done[[0, 1]] = True
     kept = running.drop_finished()  # its rows are now numbered within the batch
     assert kept.rows.tolist() == [2] and kept.prompts.tolist() == [False, True]
-    assert running.row.tolist() == [4] and running.slots == 1
+    assert running.origin.tolist() == [4] and running.slots == 1
 
 
 def test_batches_change_nothing(model, tokenizer, prompts):
@@ -206,3 +206,20 @@ def test_bf16_is_for_gpus_that_have_it_in_hardware(capability, fast, monkeypatch
 def test_a_text_alone_is_a_completion():
     completion = sampling.Completion("5")
     assert completion.finished and completion.ids == [] and completion.prompt_ids == []
+
+
+def test_the_cache_is_counted_as_it_is_held(model, tokenizer, prompts, monkeypatch):
+    """The plain cache copies the prompt into each row, and so takes fewer prompts at a time."""
+    sizes = []
+    usual = sampling.sample_batch
+
+    def watched(model, tokenizer, prompts, *rest):
+        sizes.append(len(prompts))
+        return usual(model, tokenizer, prompts, *rest)
+
+    monkeypatch.setattr(sampling, "sample_batch", watched)
+    long = [[5] * 40] * 4
+    for cache_class, size in ((PlainCache, 1), (SharedPromptCache, 4)):
+        sample(model, tokenizer, long, 4, 1.0, 5, cache_class, cache_tokens=4 * 60)
+        assert max(sizes) == size
+        sizes.clear()

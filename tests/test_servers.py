@@ -409,6 +409,18 @@ def test_the_same_question_asked_twice_gets_two_replies_in_the_same_order(fake, 
 # ---------------------------------------------------------------------------------- the commands
 
 
+def test_one_saved_reply_is_given_to_one_of_many_who_ask(fake, tmp_path):
+    """Eight threads ask the same thing, one reply is saved: seven go to the server."""
+    server = fake(always_good)
+    journal = tmp_path / "server.jsonl"
+    prompts = [[{"role": "user", "content": "again"}]]
+    ServedModel(server.name, journal).answer(prompts, n=1)
+    again = ServedModel(server.name, journal)
+    asked = len(server.asked)
+    [completions] = again.answer(prompts, n=40)
+    assert len(completions) == 40 and len(server.asked) == asked + 39
+
+
 def run(folder, *words):
     """What `python train.py` does, here and now; the end of its run in words, if it has one."""
     words = [*SMALL.split(), *words, "--out", folder, "--device", "cpu"]

@@ -8,6 +8,7 @@ from typing import Literal
 
 import pytest
 import torch
+from conftest import grouped
 from textbook import gradient, textbook_logprobs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -67,7 +68,9 @@ def test_gradient_does_not_depend_on_how_the_step_is_cut(
         policy = checkpointed if "checkpointing" in changed else model
         policy.zero_grad()
         args = step_settings(kl_coef=kl_coef, **changed)
-        numbers.append(train.loss_and_gradient(args, policy, reference, groups, advantages))
+        numbers.append(
+            train.loss_and_gradient(args, policy, reference, grouped(groups, advantages))
+        )
         gradients.append(all_gradients(policy))
     for other, found in zip(gradients[1:], numbers[1:]):
         assert (other - gradients[0]).norm() < 1e-4 * gradients[0].norm()
@@ -102,10 +105,10 @@ def test_flat_groups_are_never_run(model, tokenizer, prompts, monkeypatch):
 
     monkeypatch.setattr(shared_prompt, "completion_logprobs", watched)
     advantages = torch.tensor([[0.0, 0.0], [0.5, -0.5], [0.0, 0.0]])
-    train.loss_and_gradient(step_settings(), model, None, groups, advantages)
+    train.loss_and_gradient(step_settings(), model, None, grouped(groups, advantages))
     assert seen == [prompts[1]]
     seen.clear()
-    train.loss_and_gradient(step_settings(), model, None, groups, 0 * advantages)
+    train.loss_and_gradient(step_settings(), model, None, grouped(groups, 0 * advantages))
     assert seen == []
 
 
@@ -143,7 +146,7 @@ def test_a_step_on_the_gpu_of_a_mac_has_no_float64(way, model, tokenizer, prompt
         assert train.gradient_step(policy, optimizer, 1e-4) > 0
         groups = sample(policy, tokenizer, prompts, 2, 0.9, 12, cache_class)
         advantages = grpo.group_advantages(train.rewards_of(verdicts), scale=True)
-        train.loss_and_gradient(args, policy, reference, groups, advantages)
+        train.loss_and_gradient(args, policy, reference, grouped(groups, advantages))
         assert train.gradient_step(policy, optimizer, 1e-4) > 0
 
 
@@ -209,7 +212,7 @@ def test_of_several_updates_the_mean_is_logged():
             logged.update(values)
 
     verdict = train.judge("<think>a</think><answer>8</answer>", "8")
-    groups = [train.Group([Completion("", [1], [-1.0])] * 2, [verdict] * 2, [0.0, 0.0])]
+    groups = [train.Group([Completion("", [1], [-1.0])] * 2, [verdict] * 2, torch.zeros(2))]
     updates = [{"loss": 0.0, "clipped": 0.0}, {"loss": 1.0, "clipped": 0.5}]
     train.log_step(Log(), groups, updates, 1e-4, 7, train.Stopwatch())
     assert (logged["loss"], logged["clipped"]) == (0.5, 0.25)
@@ -225,10 +228,10 @@ def test_every_update_of_a_step_is_one_of_those(tmp_path, monkeypatch):
     seen = []
     usual = train.loss_and_gradient
 
-    def watched(args, policy, reference, completions, advantages):
-        seen.append(completions)
-        advantages[0] = torch.tensor([0.5, -0.5])  # whatever this leader said
-        usual(args, policy, reference, completions, advantages)
+    def watched(args, policy, reference, groups):
+        seen.append(groups)
+        groups[0].advantages = torch.tensor([0.5, -0.5])  # whatever this leader said
+        usual(args, policy, reference, groups)
         return {"loss": 10.0 * len(seen), "clipped": 0.0}
 
     monkeypatch.setattr(train, "loss_and_gradient", watched)
@@ -364,10 +367,8 @@ def test_in_the_first_round_nobody_is_asked_anything_new():
     leader = Echo("leader")
     team = [Echo("ann"), Echo("bob")]
     rng = random.Random(0)
-    questions, responses, tokens = train.choose_responses(
-        team_settings(), rng, leader, team, [ROW, ROW]
-    )
-    assert questions == [ROW, ROW] and tokens == 0 and leader.asked == 0
+    responses, tokens = train.choose_responses(team_settings(), rng, leader, team, [ROW, ROW])
+    assert tokens == 0 and leader.asked == 0
     for said in responses:
         assert list(said) == ["ann", "bob"]
         assert all(text in ROW["responses"][name] for name, text in said.items())
@@ -377,7 +378,7 @@ def test_responses_of_later_rounds_keep_their_agents_and_seats():
     leader = Echo("leader")
     team = [Echo("ann"), Echo("bob")]
     args = team_settings(train_rounds=3, random_team=True)
-    _, responses, tokens = train.choose_responses(args, random.Random(0), leader, team, [ROW] * 60)
+    responses, tokens = train.choose_responses(args, random.Random(0), leader, team, [ROW] * 60)
     seats = set()
     refined = 0
     for said in responses:
@@ -398,14 +399,12 @@ def test_processes_share_the_questions_of_a_step(monkeypatch):
         texts = [f"{number} {draw}" for draw in range(5)]
         rows.append({"question": str(number), "answer": "", "responses": {"ann": texts}})
     args = team_settings(team_dropout=0.3)
-    _, together, _ = train.choose_responses(args, random.Random(0), Echo("leader"), [], rows)
+    together, _ = train.choose_responses(args, random.Random(0), Echo("leader"), [], rows)
     monkeypatch.setattr(runs, "world_size", lambda: 2)
     for rank in (0, 1):
         monkeypatch.setattr(runs, "rank", lambda rank=rank: rank)
-        questions, responses, _ = train.choose_responses(
-            args, random.Random(0), Echo("leader"), [], rows
-        )
-        assert questions == rows[rank::2] and responses == together[rank::2]
+        responses, _ = train.choose_responses(args, random.Random(0), Echo("leader"), [], rows)
+        assert responses == together[rank::2]
 
 
 # ------------------------------------------------------------------------------------ arguments
