@@ -29,7 +29,8 @@ LEADER_SYSTEM = (
     "nothing else, between <answer> and </answer>."
 )
 AGENT_SYSTEM = (
-    "Answer the question. Reason step by step, then end with the sentence: So the answer is X."
+    "Answer the question. Reason step by step. Then say in one last sentence, after the words "
+    "`So the answer is`, what the answer is."
 )
 TAGS = re.compile(r"</?think>|</?answer>")  # what gives the leader's output its parts
 
@@ -66,14 +67,28 @@ def agent_messages(question, own=None, leader=None):
 
 def quote(text):
     """Somebody's text as data in another's prompt, where tags of its own would mislead:
-    `<think>steps</think><answer>5</answer>` becomes `steps The answer is 5.`"""
-    text = re.sub(r"<answer>([^<]*)</answer>", r" The answer is \1.", text)
-    return " ".join(TAGS.sub(" ", text).split())
+    `<think>steps</think><answer>5</answer>` becomes `steps The answer is 5.` Lines stay lines, and
+    keep their indentation: of a list, a sum or code they are half of the meaning."""
+    text = re.sub(r"<answer>\s*([^<]*?)\s*</answer>", r" The answer is \1.", text)
+    lines = []
+    for line in text.splitlines():
+        indentation = re.match(r"[ \t]*", line)[0]
+        words = " ".join(TAGS.sub(" ", line).split())
+        if words:
+            lines.append(indentation + words)
+        elif lines and lines[-1]:
+            lines.append("")  # of several empty lines one
+    return "\n".join(lines).strip()
 
 
 def encode(tokenizer, messages):
     """Chat messages -> token ids of the whole prompt, up to where the assistant begins to speak."""
     return apply_template(tokenizer, messages, tokenize=True, return_dict=False)
+
+
+def render(tokenizer, messages):
+    """Chat messages -> the prompt as text: `encode` gives its token ids."""
+    return apply_template(tokenizer, messages, tokenize=False)
 
 
 def apply_template(tokenizer, messages, **how):
@@ -284,7 +299,7 @@ def unknown_words(tokenizer, prompts):
     """The words that this tokenizer does not know, each once, as they are written."""
     words = {}
     for messages in prompts:
-        text = apply_template(tokenizer, messages, tokenize=False)
+        text = render(tokenizer, messages)
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"]):
             if token == unknown_id(tokenizer):

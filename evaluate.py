@@ -444,7 +444,7 @@ def is_right(who, task, completions):
         answers = [extract_agent_answer(completion.text) for completion in completions]
     if who == "majority":
         answers = [vote(answers, task["question"])]
-    return any(is_correct(answer, task["answer"]) for answer in answers)
+    return any(is_correct(answer, task["answer"], task["question"]) for answer in answers)
 
 
 def vote(answers, question):
@@ -452,7 +452,7 @@ def vote(answers, question):
     is no vote."""
     votes = []
     for answer in answers:
-        votes.append(sum(is_correct(other, answer) for other in answers))
+        votes.append(sum(is_correct(other, answer, question) for other in answers))
     most = [answer for answer, n in zip(answers, votes) if n == max(votes)]
     return random.Random(f"{SEED} {question}").choice(most)
 

@@ -47,22 +47,51 @@ def after_reasoning(text):
 
 
 def extract_agent_answer(text):
-    r"""An agent's answer: in tags, else in its last `\boxed{}`, else its last "the answer is X".
-    One that uses our tags is held to them. Not for the leader, which is trained to use them."""
+    r"""An agent's answer, as a person would read it: in tags, else in its last `\boxed{}`, else
+    what it states last ("the answer is X", "Answer: X", "#### X"), else what its last line commits
+    to. None if it commits to nothing, or to two things. One that uses our tags is held to them.
+    Not for the leader, which is trained to use them."""
     text = after_reasoning(text)
     if "<answer>" in text:
         return extract_answer(text)
     boxed = last_boxed(text)
     if is_visible(boxed):
         return boxed.strip()
-    stated = STATED.match(text)
-    if stated and is_visible(stated[1]):
-        return stated[1].strip()
-    return None
+    stated = STATED.match(text) or LABELLED.match(text)
+    answer = stated[1].strip().strip("*_").strip() if stated else ""
+    if is_visible(answer):
+        option = OPTION.match(answer)
+        return f"({option[1]})" if option else without_unit(answer)
+    return commitment(text)
 
 
 # the last of them, up to the end of the line or sentence, but not to the full stop in 3.5
-STATED = re.compile(r"(?is).*\bthe (?:\w+ )?answer is\b[\s:]*(.*?)(?:\n|\.(?!\S)|$)")
+END = r"(?:\n|\.(?!\S)|$)"
+STATED = re.compile(rf"(?is).*\bthe (?:\w+ )?(?:answer|option|choice) is\b[\s:]*(.*?){END}")
+LABELLED = re.compile(rf"(?is).*(?:\banswer\b[*_ ]*:|####)[*_\s]*(.*?){END}")
+OPTION = re.compile(r"\(([A-Z])\)\s+\w")  # (E) 12/25/1937
+# what a last line can commit to
+LETTER = re.compile(r"\(([A-Z])\)|^([A-Z])(?:[.):]|$)")
+WORD = re.compile(r"(?i)\b(yes|no|true|false|valid|invalid)\b")
+NUMERAL = re.compile(r"(?a)-?\d[\d,]*(?:\.\d+)?%?(?![\w.])")
+
+
+def commitment(text):
+    """What the last line of a text without a stated answer commits to: one option, else one of the
+    usual words at its beginning or end, else the last number; None if that is none, or two."""
+    lines = [line for line in text[-LONGEST_ANSWER:].splitlines() if is_visible(line)]
+    line = lines[-1].strip(" *_`.!") if lines else ""
+    letters = {inside or leading for inside, leading in LETTER.findall(line)}
+    if letters:
+        return letters.pop() if len(letters) == 1 else None
+    words = {word.casefold() for word in WORD.findall(line)}
+    if len(words) > 1:
+        return None
+    at_an_end = re.match(WORD.pattern, line) or re.search(WORD.pattern + "$", line)
+    if at_an_end:
+        return at_an_end[0]
+    numbers = [] if re.search(r"n't\b|\bnot\b", line) else NUMERAL.findall(line)
+    return numbers[-1].rstrip(",") if numbers else None
 
 
 def last_boxed(text):
@@ -93,11 +122,42 @@ SIGNS = re.compile(r"(=|\\(?:in|equiv|approx)\b|%)|_[ {]*(\w*)")
 NO_FORMULA = re.compile(r"\\(?:boxed|text|mbox|mathrm)|(?<![\\{a-z])[a-z]{3}|^[a-z]+$")
 
 
-def is_correct(answer, gold):
+# words that may follow a number without changing it
+UNITS = """dollar dollars cent cents euro euros pound pounds unit units square cubic foot feet inch
+inches yard yards mile miles meter meters metre metres centimeters km cm mm kg gram grams liter
+liters second seconds minute minutes hour hours day days week weeks month months year years degree
+degrees per""".split()
+# words that make another number or another thing of it
+COUNTING = "hundred thousand million billion trillion dozen half percent am pm or and not".split()
+
+
+def without_unit(text, units=None):
+    """`18 dollars per day` -> `18`: a number in front of at most four plain words; of these
+    `units`, or (None) of any that do not change its value."""
+    number, _, rest = text.partition(" ")
+    words = rest.rstrip(".").split()
+    if not NUMBER.fullmatch(number) or not 0 < len(words) <= 4:
+        return text
+    for word in words:
+        fits = word in units if units else re.fullmatch("[a-z]{2,}", word) and word not in COUNTING
+        if not fits:
+            return text
+    return number
+
+
+def options_of(question):
+    """{letter: text} of the options that a question lists, each on a line: `(A) Monday`."""
+    found = re.findall(r"(?m)^[ \t]*\(?([A-Z])[).][ \t]+(.+?)[ \t]*$", question)
+    return {letter.casefold(): plain(one_line(text)) for letter, text in found}
+
+
+def is_correct(answer, gold, question=""):
     r"""Would a fair examiner, who has only the gold answer to compare with, accept this one?
     - Case, spacing, commas, bold type, a final stop, `$...$`, `\boxed{}` don't matter; brackets do.
-    - If the gold is a letter, `(B)`, `B` and `b.` are the same, and nothing else counts.
-    - If it is a number, the answer must be one of the same value (50% is not 50), and no sum.
+    - If the gold is a letter, `(B)`, `B` and `b.` are the same, and so is the letter with the
+      text that this option has in the question; nothing else counts.
+    - If it is a number, the answer must be one of the same value (50% is not 50), and no sum; a
+      unit in plain words may follow it.
     - Anything else is compared by math-verify as well, if the gold or the answer is LaTeX.
     More text around it, several answers, or invisible characters are not accepted."""
     answer = one_line(answer)
@@ -109,10 +169,17 @@ def is_correct(answer, gold):
     latex = re.search(r"[\\^]|_[0-9{]|\$.*\$", answer + "\n" + gold)
     answer = plain(answer)
     gold = plain(gold)
-    same = value(answer) == value(gold)
-    if latex and not same and isinstance(value(gold), list):
+    wanted = value(gold)
+    if isinstance(wanted, tuple):
+        answer = without_unit(answer, UNITS)
+    elif len(wanted) == 1 and re.fullmatch(r"\(?[a-z]\)?", gold):
+        option = re.fullmatch(r"\(?([a-z])[).:]* (.+)", answer)
+        if option and options_of(question).get(option[1]) == option[2]:
+            answer = option[1]
+    same = value(answer) == wanted
+    if latex and not same and isinstance(wanted, list):
         return same_latex(answer, gold)
-    return same and value(gold) != []
+    return same and wanted != []
 
 
 def one_line(text):
@@ -183,12 +250,12 @@ class Verdict:
     reward: float
 
 
-def judge(text, gold):
+def judge(text, gold, question=""):
     """The `Verdict` on a completion's text: 1 for a right answer, plus FORMAT_BONUS for the right
     form. The form is: reasoning, `</think>`, one answer in tags, nothing else. The prompt may have
     opened the `<think>`. For a reward of your own, change this function."""
     answer = extract_answer(text)
-    right = is_correct(answer, gold)
+    right = is_correct(answer, gold, question)
     reasoning, _, rest = text.partition("</think>")
     reasoning = reasoning.strip().removeprefix("<think>")
     inside = rest.strip().removeprefix("<answer>").removesuffix("</answer>").strip()
@@ -196,16 +263,18 @@ def judge(text, gold):
     return Verdict(right, formatted, right + FORMAT_BONUS * formatted)
 
 
-def reward(completions, answer, **kwargs):
+def reward(completions, answer, question=None, **kwargs):
     """The reward of each completion, as TRL's GRPOTrainer calls it: completions are strings or
-    lists of messages, `answer` the right answers."""
+    lists of messages, `answer` the right answers, `question` what was asked, if there is a column
+    of it."""
     rewards = []
-    for completion, gold in zip(completions, answer, strict=True):
+    questions = question or [""] * len(completions)
+    for completion, gold, asked in zip(completions, answer, questions, strict=True):
         if isinstance(completion, str):
             text = completion
         else:
             text = completion[-1]["content"] if completion else ""
-        rewards.append(judge(text or "", gold).reward)
+        rewards.append(judge(text or "", gold, asked).reward)
     return rewards
 
 

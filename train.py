@@ -8,6 +8,7 @@ Read `main` first: it is the method. Then the proposals, the filter, SFT and the
 they compute is in grpo.py, sampling.py and agents.py.
 """
 
+import bisect
 import copy
 import itertools
 import os
@@ -314,7 +315,9 @@ def judge_responses(cached, names, tasks, n):
             texts = cached[name, task["question"]]["responses"][:n]
             answers = [extract_agent_answer(text) for text in texts]
             responses[name] = texts
-            right[name] = [is_correct(answer, task["answer"]) for answer in answers]
+            right[name] = [
+                is_correct(answer, task["answer"], task["question"]) for answer in answers
+            ]
         rows.append({**task, "responses": responses, "right": right})
     return rows
 
@@ -367,7 +370,8 @@ def write_prompts(args, run, leader, rows):
         responses = pick_responses(rng, row, args)
         messages = agents.leader_messages(row["question"], responses.values(), responses)
         prompt = agents.defuse(leader.tokenizer, messages)
-        lines.append({"prompt": prompt, "answer": row["answer"], "task": row["task"]})
+        line = {"prompt": prompt, "answer": row["answer"], "task": row["task"]}
+        lines.append({**line, "question": row["question"]})
     runs.write_jsonl(run / "prompts.jsonl", lines)
 
 
@@ -376,10 +380,12 @@ def write_prompts(args, run, leader, rows):
 
 @dataclass
 class Example:
-    """One supervised example: token ids of what is given, and of what is to be said after it."""
+    """One supervised example, as token ids: what is given, what is said after it, and for each
+    token of the latter whether it is learned (the loss is on these)."""
 
     prompt: list
     target: list
+    learned: list
 
 
 def sft(args, run, leader, rows):
@@ -394,7 +400,8 @@ def sft(args, run, leader, rows):
             rng = seed_everything(args.seed, "sft", step)
             batch = []
             for row in rng.choices(rows, k=args.sft_batch):
-                batch.append(encode_example(leader.tokenizer, *sft_example(rng, row, args)))
+                messages, parts = sft_example(rng, row, args)
+                batch.append(encode_example(leader.tokenizer, messages, parts))
             loss = sft_gradient(args, leader.model, batch)
             rate = learning_rate(step, args.sft_steps, args.sft_lr, args.warmup)
             norm = gradient_step(leader.model, optimizer, rate)
@@ -404,9 +411,9 @@ def sft(args, run, leader, rows):
 
 
 def sft_example(rng, row, args):
-    """Messages, the beginning of an output, and what to say after it: a right response of the team
-    as the leader's own reasoning, at times after a wrong one and a turn back. The wrong part is
-    given, not learned: the leader learns to turn back from errors, not to make them."""
+    """Messages, and the output to them in parts, (text, is it learned): a right response of the
+    team as the leader's own reasoning, at times after a wrong one and a turn back. The wrong one is
+    not learned: the leader learns to turn back from errors, not to make them."""
     cached = []  # (text, is it right) of all that the team said to this question
     team = []  # one of each agent
     for name, texts in row["responses"].items():
@@ -422,14 +429,14 @@ def sft_example(rng, row, args):
     right = pick_response(rng, shown.values(), cached, wanted=True)
     wrong = pick_response(rng, shown.values(), cached, wanted=False)
 
-    begin = "<think> "
-    target = right
+    end = f"{right} </think> <answer> {row['answer']} </answer>"
+    parts = [("<think> ", True)]
     if wrong and rng.random() < args.backtrack:
-        begin = f"<think> {wrong} "
-        target = f"Wait, that is wrong. {right}"
-    target += f" </think> <answer> {row['answer']} </answer>"
+        parts.append((f"{wrong} ", False))
+        end = f"Wait, that is wrong. {end}"
+    parts.append((end, True))
     texts = [text for text, _ in shown.values()]
-    return agents.leader_messages(row["question"], texts, shown), begin, target
+    return agents.leader_messages(row["question"], texts, shown), parts
 
 
 def pick_response(rng, shown, cached, wanted):
@@ -439,29 +446,48 @@ def pick_response(rng, shown, cached, wanted):
         fitting = [text for text, right in pairs if right == wanted]
         if fitting:
             return agents.quote(rng.choice(fitting))
-    return rng.choice([""])  # draws a number, like the other cases
+    return ""
 
 
-def encode_example(tokenizer, messages, begin, target):
-    """The text of `sft_example` as token ids, with the end of sequence: it is learned too."""
-    begin_ids = tokenizer(begin, add_special_tokens=False)["input_ids"]
-    target_ids = tokenizer(target, add_special_tokens=False)["input_ids"]
-    prompt = agents.encode(tokenizer, messages) + begin_ids
-    return Example(prompt, target_ids + [tokenizer.eos_token_id])
+def encode_example(tokenizer, messages, parts):
+    """The texts of `sft_example` as token ids, with the end of sequence: it is learned too.
+
+    Prompt and output are encoded as one text, as the leader will read and write it: a tokenizer of
+    subwords cuts a text otherwise when it gets it in pieces. Where the template has opened
+    `<think>` itself, the output goes on behind it."""
+    prompt = agents.render(tokenizer, messages)
+    if prompt.rstrip().endswith("<think>"):
+        parts = parts[1:]
+    text = prompt
+    ends = []  # of each part, in the text
+    for part, _ in parts:
+        text += part
+        ends.append(len(text))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    example = Example([], [], [])
+    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"]):
+        if start < len(prompt):
+            example.prompt.append(token)
+        else:
+            part = bisect.bisect_left(ends, end)  # in which the token ends
+            example.target.append(token)
+            example.learned.append(parts[part][1])
+    example.target.append(tokenizer.eos_token_id)
+    example.learned.append(True)
+    return example
 
 
 def sft_gradient(args, model, batch):
-    """Add up the gradient of the mean loss per target token, in parts; returns that loss."""
-    tokens = sum(len(example.target) for example in batch)  # one denominator for the step
+    """Add up the gradient of the mean loss per learned token, in parts; returns that loss."""
+    tokens = sum(sum(example.learned) for example in batch)  # one denominator for the step
     total = 0.0
     for part in micro_batches(runs.share(batch), args.tokens_per_batch, length_of_example):
-        logprobs, mask = completion_logprobs(
-            args,
-            model,
-            [example.prompt for example in part],
-            [[example.target] for example in part],
-        )
-        loss = -(logprobs * mask).sum() / tokens
+        prompts = [example.prompt for example in part]
+        targets = [[example.target] for example in part]
+        logprobs, _ = completion_logprobs(args, model, prompts, targets)  # (examples, R)
+        learned = [torch.tensor(example.learned) for example in part]
+        learned = pad_sequence(learned, batch_first=True).to(logprobs.device)  # (examples, R)
+        loss = -(logprobs * learned).sum() / tokens
         loss.backward()
         total += loss.item()
     return sum(runs.gather([total]))
@@ -571,7 +597,8 @@ def judge_groups(questions, completions):
     """For each question the verdicts on its G completions."""
     verdicts = []
     for row, group in zip(questions, completions):
-        verdicts.append([judge(completion.text, row["answer"]) for completion in group])
+        texts = [completion.text for completion in group]
+        verdicts.append([judge(text, row["answer"], row["question"]) for text in texts])
     return verdicts
 
 

@@ -78,7 +78,7 @@ AGENTS = [
     ("So the answer is ] ) > .", "] ) >"),
     ("The answer is (B). It cannot be (A).", "(B)"),
     ("THE ANSWER IS 3.5.", "3.5"),
-    ("The answer is 3.5 meters. Or so.", "3.5 meters"),
+    ("The answer is 3.5 meters. Or so.", "3.5"),
     ("The answer is: 8\nBye", "8"),
     ("The final answer is\n\n8", "8"),
     ("The correct answer is $1,234.", "$1,234"),
@@ -98,6 +98,32 @@ AGENTS = [
     (r"<answer>8 \boxed{7}", None),
     ("I do not know.", None),
     ("", None),
+    # a label instead of a sentence
+    ("**Answer:** B", "B"),
+    ("Answer: B", "B"),
+    ("Final answer: 18", "18"),
+    ("**Final Answer**: No.", "No"),
+    ("9 + 9\n#### 18", "18"),
+    ("Therefore, the correct option is (B).", "(B)"),
+    # more than the answer in its place
+    ("The correct answer is (E) 12/25/1937", "(E)"),
+    ("the answer is (B) Antiparticles", "(B)"),
+    ("The answer is: **18**", "18"),
+    ("the answer is 18 dollars per day", "18"),
+    ("the answer is 5 pm", "5 pm"),
+    ("the answer is 5 million dollars", "5 million dollars"),
+    # nothing stated: the last line
+    ("not ( True ) is\nFalse", "False"),
+    ("Yes, it returns to where it began.", "Yes"),
+    ("So the statement is **false**.", "false"),
+    ("It goes on.\n(B) Antiparticles", "B"),
+    ("B. Antiparticles", "B"),
+    ("So there are 54 ducks in total.", "54"),
+    ("It makes $1,080.", "1,080"),
+    # it contradicts itself, or commits to nothing
+    ("It could be (A) or (B).", None),
+    ("Is it true or false?", None),
+    ("The number is not 8.", None),
 ]
 
 
@@ -243,6 +269,33 @@ def fresh_worker():
     for worker in rewards.WORKERS.values():
         worker.kill()
         worker.wait()
+
+
+OPTIONS = "When?\nOptions:\n(A) Monday\n(B) Tuesday"
+
+
+@pytest.mark.parametrize(
+    "answer, right",
+    [
+        ("(B)", True),
+        ("(B) Tuesday", True),
+        ("B. tuesday", True),
+        ("(B) Monday", False),
+        ("(A) Tuesday", False),
+        ("(B) Tuesday or Monday", False),
+        ("Tuesday", False),
+    ],
+)
+def test_an_option_may_stand_with_its_own_text(answer, right):
+    assert is_correct(answer, "(B)", OPTIONS) is right
+    assert judge(f"<think>a</think><answer>{answer}</answer>", "(B)", OPTIONS).right is right
+    assert is_correct(answer, "(B)") is (answer == "(B)")  # without the question
+
+
+@pytest.mark.parametrize("unit", ["dollars", "dollars per day", "square feet", "units"])
+def test_a_unit_may_follow_a_number(unit):
+    assert is_correct(f"18 {unit}", "18") and not is_correct(f"18 {unit}", "19")
+    assert not is_correct(f"18 million {unit}", "18")
 
 
 @pytest.mark.parametrize("bomb", ["9^{9^{9^9}}", pytest.param("{" * 900, marks=pytest.mark.slow)])

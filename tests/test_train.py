@@ -81,7 +81,9 @@ def test_gradient_does_not_depend_on_how_the_step_is_cut(
 def test_gradient_of_sft_does_not_depend_on_how_the_step_is_cut(model, prompts, checkpointed):
     """The loss is the mean over all target tokens, as the textbook has it."""
     targets = [[7, 8, 9], [10], [11, 12, 13, 14, 15]]
-    batch = [train.Example(prompt, target) for prompt, target in zip(prompts, targets)]
+    batch = []
+    for prompt, target in zip(prompts, targets):
+        batch.append(train.Example(prompt, target, [True] * len(target)))
     by_hand = textbook_logprobs(model, prompts, [[target] for target in targets])
     expected = -torch.cat(by_hand).mean()
     expected_gradient = gradient(model, expected)
@@ -142,7 +144,7 @@ def test_a_step_on_the_gpu_of_a_mac_has_no_float64(way, model, tokenizer, prompt
         reference = train.frozen_copy(policy)
         optimizer = train.make_optimizer(args, policy, 1e-4)
         grpo.check_logits(policy, "mine")
-        train.sft_gradient(args, policy, [train.Example(prompts[2], [7, 8])])
+        train.sft_gradient(args, policy, [train.Example(prompts[2], [7, 8], [True, True])])
         assert train.gradient_step(policy, optimizer, 1e-4) > 0
         groups = sample(policy, tokenizer, prompts, 2, 0.9, 12, cache_class)
         advantages = grpo.group_advantages(train.rewards_of(verdicts), scale=True)
@@ -262,15 +264,17 @@ def test_sft_examples_teach_the_right_response_and_the_turn_back(backtrack):
     rng = random.Random(0)
     responses = []
     for _ in range(50):
-        messages, begin, target = train.sft_example(rng, ROW, args)
+        messages, parts = train.sft_example(rng, ROW, args)
         responses.append(messages[-1]["content"].count("Response "))
-        assert target.endswith("two twos. So the answer is 4. </think> <answer> 4 </answer>")
-        assert target.startswith("Wait") == bool(backtrack)
-        assert ("5." in begin or "22." in begin) == bool(backtrack)  # given, not learned
+        output = "".join(text for text, _ in parts)
+        assert output.endswith("two twos. So the answer is 4. </think> <answer> 4 </answer>")
+        assert output.startswith("<think> ") and ("Wait" in output) == bool(backtrack)
+        given = "".join(text for text, is_learned in parts if not is_learned)
+        assert ("5." in given or "22." in given) == bool(backtrack) and "4." not in given
     assert set(responses) == {0, 2} and 10 < responses.count(0) < 40
     for share, wanted in ((0.0, 2), (1.0, 0)):
         args.sft_alone = share
-        messages, _, _ = train.sft_example(rng, ROW, args)
+        messages, _ = train.sft_example(rng, ROW, args)
         assert messages[-1]["content"].count("Response ") == wanted
 
 
@@ -314,9 +318,9 @@ def test_a_random_team_in_sft_too():
     args = team_settings(random_team=True)
     users = set()
     for _ in range(100):
-        messages, _, target = train.sft_example(rng, ROW, args)
+        messages, parts = train.sft_example(rng, ROW, args)
         users.add(messages[-1]["content"].partition("Question")[0])
-        assert target.endswith("<answer> 4 </answer>")
+        assert parts[-1][0].endswith("<answer> 4 </answer>")
     assert {user.count("Response") for user in users} == {0, 1, 2}
     both = [user for user in users if "22" in user and "two twos" in user]
     assert {user.index("22") < user.index("two twos") for user in both} == {True, False}
@@ -332,7 +336,7 @@ def test_the_leaders_prompt_builder_is_told_the_agents_names(monkeypatch):
     rng = random.Random(0)
     sides = []
     for _ in range(50):
-        pairs, _, _ = train.sft_example(rng, ROW, team_settings(sft_alone=0.0, random_team=True))
+        pairs, _ = train.sft_example(rng, ROW, team_settings(sft_alone=0.0, random_team=True))
         assert all(text in ROW["responses"][name] for name, text in pairs)
         sides.append(tuple(name for name, _ in pairs))
     assert set(sides) == {("ann",), ("bob",), ("ann", "bob"), ("bob", "ann")}
