@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from sampling import Completion, PlainCache, has_bf16, sample
+from sampling import Completion, PlainCache, has_bf16, room_for_tokens, sample
 from servers import ServedModel
 from shared_prompt import SharedPromptCache, can_sample_with_shared_prompt
 
@@ -141,11 +141,11 @@ class LocalModel:
     device: str = "cpu"
     resting: str = ""  # where it waits between answers; by default it stays on its device
     cache_class: type = PlainCache
+    sample_gb: float = 0.0  # memory for what is sampled at a time; 0: see `room_for_tokens`
 
     def answer(self, prompts, n=1, temperature=1.0, max_new_tokens=256, bar=None):
         """For every prompt, a list of chat messages, n `Completion`s."""
         self.model.to(self.device)
-        cache_tokens = 2**14 if self.device == "cpu" else 2**17  # a CPU's cache, a GPU's memory
         completions = sample(
             self.model,
             self.tokenizer,
@@ -154,7 +154,7 @@ class LocalModel:
             temperature,
             max_new_tokens,
             self.cache_class,
-            cache_tokens,
+            room_for_tokens(self.model, self.device, self.sample_gb),
             bar,
         )
         self.model.to(self.resting or self.device)
@@ -169,7 +169,7 @@ class LocalModel:
         return mark.hexdigest()[:16]
 
 
-def load_model(name, device="cpu", resting="", dtype=torch.float32, plain=False):
+def load_model(name, device="cpu", resting="", dtype=torch.float32, plain=False, sample_gb=0.0):
     """A checkpoint by folder or hub name, with its tokenizer; a ValueError if there is none.
     `plain`: without shared_prompt.py, to compare."""
     if name == "tiny":
@@ -186,10 +186,10 @@ def load_model(name, device="cpu", resting="", dtype=torch.float32, plain=False)
         raise ValueError(f"model {name!r} cannot be loaded: {reason}") from error
     fast = can_sample_with_shared_prompt(model) and not plain
     cache_class = SharedPromptCache if fast else PlainCache
-    return LocalModel(name, model, tokenizer, device, resting, cache_class)
+    return LocalModel(name, model, tokenizer, device, resting, cache_class, sample_gb)
 
 
-def load_team(spec, device="cpu", journal=None, plain=False):
+def load_team(spec, device="cpu", journal=None, plain=False, sample_gb=0.0):
     """The agents of `--agents`. Local models wait in main memory, so that a GPU holds one of them
     at a time, in bf16 where it has that: they are frozen. The same name twice is two agents, with
     names of their own. `journal`: the file for what servers reply."""
@@ -202,7 +202,7 @@ def load_team(spec, device="cpu", journal=None, plain=False):
         elif ".py#" in name:
             agent = load_python_agent(name)
         else:
-            agent = load_model(name, device, "cpu", dtype, plain)
+            agent = load_model(name, device, "cpu", dtype, plain, sample_gb)
         twins = seen.count(agent.name)
         seen.append(agent.name)
         if twins:

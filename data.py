@@ -7,6 +7,7 @@
     mmlu, mmlu:anatomy,astronomy      MMLU, all 57 subjects or some of them
     gsm8k                             openai/gsm8k (MIT): 7,473 to train, 1,319 to test
     my.jsonl, my.json, my/folder      an object per line; a list, or {"examples": [...]} as in BBH
+    my.csv, my.parquet                the same columns as in a .jsonl file
     owner/name, owner/name:config     any dataset on the hub that needs no loading script
 Splits never overlap: what is in test is dropped from the others. A missing validation split is
 taken out of train; a source in one piece is divided 70 : 10 : 20 by a hash of the question.
@@ -114,17 +115,19 @@ def read_source(spec):
     """Find out what a spec is: [(split or file, task of records that name none, records)]."""
     name, _, selection = spec.partition(":")
     path = Path(spec)
-    files = [path] if path.suffix in (".json", ".jsonl") else sorted(path.glob("*.json*"))
+    files = [path] if path.suffix in READERS else []
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in READERS)
     if name in BENCHMARKS:  # so `bbh` is the benchmark, and a folder of that name is `./bbh`
         return BENCHMARKS[name]([part.strip() for part in selection.split(",") if part.strip()])
     if {"dataset_info.json", "dataset_dict.json"} & {file.name for file in files}:
         source = try_to_load(datasets.load_from_disk, spec)
     elif files and path.exists():
-        return [(file.stem, file.stem, try_to_load(read_json, file)) for file in files]
+        return [(file.stem, file.stem, try_to_load(READERS[file.suffix], file)) for file in files]
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not files:
         source = try_to_load(datasets.load_dataset, name, selection or None)
     else:
-        known = f"tiny, {', '.join(BENCHMARKS)}, a .json or .jsonl file, a folder of these"
+        known = f"tiny, {', '.join(BENCHMARKS)}, a file ({', '.join(READERS)}), a folder of these"
         raise ValueError(f"unknown dataset or file: {spec!r}: use {known}, or owner/name")
     source = source if isinstance(source, dict) else {"all": source}
     return [(split, name.split("/")[-1], rows) for split, rows in source.items()]
@@ -188,6 +191,16 @@ def read_json(path):
     records = parse_json(path.read_bytes())
     records = records.get("examples", records) if isinstance(records, dict) else records
     return records if isinstance(records, list) else [records]
+
+
+def read_table(path):
+    """The records of a .csv or .parquet file."""
+    kind = path.suffix.removeprefix(".")
+    table = datasets.load_dataset(kind, data_files=str(path), split="train")
+    return table.to_list()
+
+
+READERS = {".json": read_json, ".jsonl": read_json, ".csv": read_table, ".parquet": read_table}
 
 
 def to_row(record, task, their_columns):

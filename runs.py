@@ -17,6 +17,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from sampling import is_out_of_memory
+
 # ------------------------------------------------------------------------------------- scripts
 
 
@@ -33,15 +35,7 @@ def run_script(main):
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        fail("out of memory: lower --tokens_per_batch, then --resume; see the README")
-
-
-def is_out_of_memory(error):
-    """CUDA has a class for it, MPS and the CPU a plain RuntimeError."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return any(said in str(error) for said in words)
+        fail("out of memory: lower --tokens_per_batch (in sampling --sample_gb), then --resume")
 
 
 def fail(message):
@@ -135,7 +129,7 @@ def read_jsonl(path, repair=True):
 
 # the result does not depend on these settings
 WHERE = ("out", "resume", "device")
-MEMORY_ONLY = ("save_steps", "checkpointing", "tokens_per_batch", "plain")
+MEMORY_ONLY = ("save_steps", "checkpointing", "tokens_per_batch", "sample_gb", "plain")
 _locks = {}  # of the folders that are this process's until it ends, however it ends
 
 

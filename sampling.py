@@ -48,12 +48,19 @@ def sample(
         longest = len(prompts[longest_first[0]])
         size = max(1, cache_tokens // cache_class.tokens(longest, n, max_new_tokens))
         batch = longest_first[:size]
-        longest_first = longest_first[size:]
         batch_prompts = [prompts[i] for i in batch]
-        with autocast(model):
-            completions = sample_batch(
-                model, tokenizer, batch_prompts, n, temperature, max_new_tokens, cache_class
-            )
+        settings = (n, temperature, max_new_tokens, cache_class)
+        try:
+            with autocast(model):
+                completions = sample_batch(model, tokenizer, batch_prompts, *settings)
+        except RuntimeError as error:
+            half = len(batch) // 2
+            if not is_out_of_memory(error) or half == 0:
+                raise
+            print(f"out of memory: sampling goes on with {half} prompts at a time")
+            cache_tokens = half * cache_class.tokens(longest, n, max_new_tokens)
+            continue
+        longest_first = longest_first[size:]
         for position, i in enumerate(batch):
             results[i] = completions[position * n : (position + 1) * n]
         if bar is not None:
@@ -218,6 +225,34 @@ def pad(rows, device, side):
     padded = pad_sequence(ids, batch_first=True, padding_side=side)
     mask = pad_sequence(ones, batch_first=True, padding_side=side)
     return padded.to(device), mask.to(device)
+
+
+def is_out_of_memory(error):
+    """CUDA has a class for it, MPS and the CPU a plain RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return any(said in str(error) for said in words)
+
+
+def room_for_tokens(model, device, gigabytes=0.0):
+    """How many tokens' keys and values the cache may hold: what `gigabytes` have room for, by
+    default a quarter of a GPU's memory (the rest is for weights, AdamW and logits). It is the total
+    memory, not what is free now, so that a run and its repetition sample in the same batches.
+    On a CPU by default 1 GB and at most 2**14 tokens: larger batches are no faster there."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    number = 2 if has_bf16(device) else model.dtype.itemsize  # bytes; see `autocast`
+    token = 2 * config.num_hidden_layers * heads * size * number  # bytes of keys and values
+    kind = torch.device(device).type
+    if gigabytes:
+        return max(1, int(gigabytes * 2**30) // token)
+    if kind == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 4 // token
+    if kind == "mps":
+        return torch.mps.recommended_max_memory() // 4 // token
+    return min(2**14, 2**30 // token)
 
 
 def has_bf16(device):

@@ -118,6 +118,7 @@ class Machine:
     _argument_group_name = "machine"
     device: str = option("", "cuda, mps or cpu; by default the first of them that is there")
     tokens_per_batch: int = option(8192, "tokens in one forward pass: lower it if memory ends")
+    sample_gb: float = option(0.0, "memory for sampling; 0: 1 GB of a CPU, a quarter of a GPU's")
     checkpointing: bool = option(False, "activations are made twice, not kept: slower, smaller")
     plain: bool = option(False, "without shared_prompt.py: a copy of the prompt per completion")
     save_steps: int = option(50, "steps between checkpoints")

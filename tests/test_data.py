@@ -134,6 +134,22 @@ def test_columns_may_change_places(tmp_path):
     assert (row["question"], row["answer"]) == ("the question", "the answer")
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_tables_are_read_like_lines(tmp_path, kind):
+    rows = [{"question": f'a "quoted", {i}', "answer": str(i), "type": "t"} for i in range(3)]
+    path = tmp_path / f"x.{kind}"
+    getattr(datasets.Dataset.from_list(rows), f"to_{kind}")(str(path))
+    found = sorted(load_tasks(str(path), "all"), key=lambda row: row["answer"])
+    assert [(row["question"], row["answer"], row["task"]) for row in found] == [
+        tuple(row.values()) for row in rows
+    ]
+    assert len(load_tasks(str(tmp_path), "all")) == 3  # as one file of a folder
+    message = error(str(path), "all", question_column="nope")
+    assert "no text in nope; the columns are ['question'," in message
+    path.write_bytes(b"")
+    assert "cannot load" in error(str(path), "all")
+
+
 def test_more_than_ten_choices_are_all_shown(tmp_path):
     choices = [f"choice {number}" for number in range(12)]
     for answer in (11, "L"):
@@ -538,11 +554,11 @@ def test_official_mmlu():
 )
 def test_unknown_dataset(spec, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "x.csv").write_text("question,answer\n1,2")
+    (tmp_path / "x.txt").write_text("question,answer\n1,2")
     message = error(spec, "train")
     assert "unknown dataset or file" in message and repr(spec) in message
     assert all(name in message for name in ("tiny", "bbh", "math", "mmlu", "gsm8k", ".jsonl"))
-    assert "unknown dataset or file" in error("x.csv", "train")
+    assert "unknown dataset or file" in error("x.txt", "train")
 
 
 def test_wrong_split_and_no_questions(tmp_path):

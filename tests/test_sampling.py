@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 import grpo
 import sampling
@@ -223,3 +224,42 @@ def test_the_cache_is_counted_as_it_is_held(model, tokenizer, prompts, monkeypat
         sample(model, tokenizer, long, 4, 1.0, 5, cache_class, cache_tokens=4 * 60)
         assert max(sizes) == size
         sizes.clear()
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(model, tokenizer, prompts, monkeypatch, capsys):
+    """As on a GPU that has room for two prompts; greedy, so that the tokens must be the same."""
+    expected = sample(model, tokenizer, prompts, 2, 0, 6)
+    usual = sampling.sample_batch
+    sizes = []
+
+    def small(model, tokenizer, prompts, *rest):
+        sizes.append(len(prompts))
+        if len(prompts) > memory:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return usual(model, tokenizer, prompts, *rest)
+
+    monkeypatch.setattr(sampling, "sample_batch", small)
+    memory = 2
+    found = sample(model, tokenizer, prompts, 2, 0, 6)
+    assert sizes == [3, 1, 1, 1]
+    assert "out of memory: sampling goes on with 1 prompts at a time" in capsys.readouterr().out
+    for group, expected_group in zip(found, expected):
+        assert [c.ids for c in group] == [c.ids for c in expected_group]
+    memory = 0  # not even one
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(model, tokenizer, prompts, 2, 0, 6)
+
+
+def test_room_is_counted_in_bytes(model, monkeypatch):
+    """Two layers, two key-value heads of 8 numbers, keys and values, in float32: 256 bytes."""
+    assert sampling.room_for_tokens(model, "cpu", 1 / 2**10) == 2**20 // 256
+    assert sampling.room_for_tokens(model, "cpu") == 2**14
+    large = LlamaConfig(num_hidden_layers=24, num_attention_heads=32, hidden_size=2048)  # no groups
+    monkeypatch.setattr(model, "config", large)
+    assert sampling.room_for_tokens(model, "cpu") == 2**30 // (24 * 2 * 2048 * 4)
+    total = SimpleNamespace(total_memory=24 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
+    for capability, number in (((7, 5), 4), ((8, 0), 2)):  # bytes: float32, bf16
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, c=capability: c)
+        room = sampling.room_for_tokens(model, "cuda")
+        assert room == 6 * 2**30 // (24 * 2 * 2048 * number)
