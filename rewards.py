@@ -58,28 +58,38 @@ def extract_agent_answer(text):
     if is_visible(boxed):
         return boxed.strip()
     stated = STATED.match(text) or LABELLED.match(text)
-    answer = stated[1].strip().strip("*_").strip() if stated else ""
+    answer = stated[1].strip(' \t*_`,"“”') if stated else ""
     if is_visible(answer):
+        word = re.match(WORD.pattern + "[,;]", answer)  # no, because ...
+        if word:
+            return word[1]
         option = OPTION.match(answer)
         return f"({option[1]})" if option else without_unit(answer)
     return commitment(text)
 
 
 # the last of them, up to the end of the line or sentence, but not to the full stop in 3.5
-END = r"(?:\n|\.(?!\S)|$)"
-STATED = re.compile(rf"(?is).*\bthe (?:\w+ )?(?:answer|option|choice) is\b[\s:]*(.*?){END}")
+END = r"(?:\n|\.(?!\S)|,? (?:which|because|since)\b|$)"
+STATED = re.compile(
+    rf"(?is).*\bthe (?:\w+ )?(?:answer|option|choice)"
+    rf"(?: to [\w ]{{1,40}})? is\b(?! not\b)[\s:]*(.*?){END}"
+)
 LABELLED = re.compile(rf"(?is).*(?:\banswer\b[*_ ]*:|####)[*_\s]*(.*?){END}")
-OPTION = re.compile(r"\(([A-Z])\)\s+\w")  # (E) 12/25/1937
+OPTION = re.compile(r"\(?([A-Z])(?:\)\s+\w|, \w\w)")  # (E) 12/25/1937
 # what a last line can commit to
 LETTER = re.compile(r"\(([A-Z])\)|^([A-Z])(?:[.):]|$)")
 WORD = re.compile(r"(?i)\b(yes|no|true|false|valid|invalid)\b")
+FILLER = re.compile(r"(?i)(?:so )?this is the (?:\w+ )?answer\W*")
 NUMERAL = re.compile(r"(?a)-?\d[\d,]*(?:\.\d+)?%?(?![\w.])")
 
 
 def commitment(text):
     """What the last line of a text without a stated answer commits to: one option, else one of the
     usual words at its beginning or end, else the last number; None if that is none, or two."""
-    lines = [line for line in text[-LONGEST_ANSWER:].splitlines() if is_visible(line)]
+    lines = []
+    for line in text[-LONGEST_ANSWER:].splitlines():
+        if is_visible(line) and not FILLER.fullmatch(line.strip()):
+            lines.append(line)
     line = lines[-1].strip(" *_`.!") if lines else ""
     letters = {inside or leading for inside, leading in LETTER.findall(line)}
     if letters:
@@ -87,9 +97,10 @@ def commitment(text):
     words = {word.casefold() for word in WORD.findall(line)}
     if len(words) > 1:
         return None
-    at_an_end = re.match(WORD.pattern, line) or re.search(WORD.pattern + "$", line)
-    if at_an_end:
-        return at_an_end[0]
+    word = re.match(WORD.pattern, line) or re.search(WORD.pattern + "$", line)
+    word = word or re.search(r"(?i)\b(in)?valid\b", line)  # in prose too; a "no" there is no answer
+    if word:
+        return word[0]
     numbers = [] if re.search(r"n't\b|\bnot\b", line) else NUMERAL.findall(line)
     return numbers[-1].rstrip(",") if numbers else None
 

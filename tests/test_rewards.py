@@ -1,10 +1,12 @@
 """The rewards: what is read as an answer, what counts as right, and what must never earn."""
 
 import itertools
+import json
 import re
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import TEXT, for_all
@@ -130,6 +132,19 @@ AGENTS = [
 @pytest.mark.parametrize("text, answer", AGENTS)
 def test_extract_agent_answer(text, answer):
     assert extract_agent_answer(text) == answer
+
+
+def test_a_real_models_answers_are_read_as_a_person_reads_them():
+    """The ends of responses of SmolLM2-135M-Instruct to questions of BBH, GSM8K, MATH and MMLU,
+    each with what a person takes for its answer (null: it commits to nothing)."""
+    lines = Path(__file__).with_name("agent_answers.jsonl").read_text(encoding="utf-8").splitlines()
+    misread = []
+    for row in map(json.loads, lines):
+        found = extract_agent_answer(row["text"])
+        same = is_correct(found, row["answer"]) if row["answer"] else found is None
+        if not same:
+            misread.append((row["text"], row["answer"], found))
+    assert len(lines) >= 60 and len(misread) <= 0.05 * len(lines), misread
 
 
 # ------------------------------------------------------------------------------- correctness
