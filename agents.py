@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -93,16 +94,22 @@ def render(tokenizer, messages):
 
 def apply_template(tokenizer, messages, **how):
     """The tokenizer's own template on chat messages. One that refuses a system message (Gemma's)
-    gets it at the head of the user's turn. ValueError if there is no template."""
+    gets it at the head of the user's turn. ValueError if there is no template, or if it refuses
+    that too. `template_settings`: see `load_model`."""
     if not tokenizer.chat_template:
         raise ValueError(f"{tokenizer.name_or_path} has no chat template: use an instruct model")
     messages = defuse(tokenizer, messages)
+    how = {"add_generation_prompt": True, **getattr(tokenizer, "template_settings", {}), **how}
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, **how)
+        return tokenizer.apply_chat_template(messages, **how)
     except TemplateError:
         system, user, *rest = messages
         merged = {**user, "content": f"{system['content']}\n\n{user['content']}"}
-        return tokenizer.apply_chat_template([merged, *rest], add_generation_prompt=True, **how)
+    try:
+        return tokenizer.apply_chat_template([merged, *rest], **how)
+    except TemplateError as error:
+        problem = f"the chat template of {tokenizer.name_or_path} refuses our prompts: {error}"
+        raise ValueError(f"{problem}: use another model") from error
 
 
 def defuse(tokenizer, messages):
@@ -169,14 +176,26 @@ class LocalModel:
         return mark.hexdigest()[:16]
 
 
-def load_model(name, device="cpu", resting="", dtype=torch.float32, plain=False, sample_gb=0.0):
+def load_model(
+    name,
+    device="cpu",
+    resting="",
+    dtype=torch.float32,
+    plain=False,
+    sample_gb=0.0,
+    chat_template_kwargs="",
+):
     """A checkpoint by folder or hub name, with its tokenizer; a ValueError if there is none.
-    `plain`: without shared_prompt.py, to compare."""
+    `plain`: without shared_prompt.py, to compare. `chat_template_kwargs`: JSON, what the template
+    is told besides the messages, such as {"enable_thinking": false}."""
     if name == "tiny":
         name = "tiny/leader"
     folder = name
     if name.startswith("tiny/"):
         folder = Path(__file__).parent / "tiny_models" / name.removeprefix("tiny/")
+    if Path(folder).suffix == ".gguf" or (Path(folder).is_dir() and only_gguf(Path(folder))):
+        advice = "make a folder of safetensors of it, as benchmarks/smollm2.py does"
+        raise ValueError(f"model {name!r} is a GGUF file, which cannot be trained: {advice}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
@@ -184,15 +203,32 @@ def load_model(name, device="cpu", resting="", dtype=torch.float32, plain=False,
     except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model {name!r} cannot be loaded: {reason}") from error
+    tokenizer.template_settings = template_settings(chat_template_kwargs)
     fast = can_sample_with_shared_prompt(model) and not plain
     cache_class = SharedPromptCache if fast else PlainCache
     return LocalModel(name, model, tokenizer, device, resting, cache_class, sample_gb)
 
 
-def load_team(spec, device="cpu", journal=None, plain=False, sample_gb=0.0):
+def only_gguf(folder):
+    return any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors"))
+
+
+def template_settings(text):
+    """The object that this JSON text is; {} of an empty one. ValueError if it is none."""
+    try:
+        settings = json.loads(text or "{}")
+    except json.JSONDecodeError:
+        settings = None
+    if not isinstance(settings, dict):
+        wanted = "'{\"enable_thinking\": false}'"
+        raise ValueError(f"--chat_template_kwargs {text}: no JSON object, like {wanted}")
+    return settings
+
+
+def load_team(spec, device="cpu", journal=None, **options):
     """The agents of `--agents`. Local models wait in main memory, so that a GPU holds one of them
     at a time, in bf16 where it has that: they are frozen. The same name twice is two agents, with
-    names of their own. `journal`: the file for what servers reply."""
+    names of their own. `journal`: the file for what servers reply; options: of `load_model`."""
     dtype = torch.bfloat16 if has_bf16(device) else torch.float32
     team = []
     seen = []
@@ -202,7 +238,7 @@ def load_team(spec, device="cpu", journal=None, plain=False, sample_gb=0.0):
         elif ".py#" in name:
             agent = load_python_agent(name)
         else:
-            agent = load_model(name, device, "cpu", dtype, plain, sample_gb)
+            agent = load_model(name, device, "cpu", dtype, **options)
         twins = seen.count(agent.name)
         seen.append(agent.name)
         if twins:

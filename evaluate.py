@@ -316,12 +316,13 @@ def check_same_questions(configs):
 
 def load_leader(folder, config):
     """The leader of that folder, on the run's device."""
-    return agents.load_model(folder, config["device"], **how_to_sample(config))
+    return agents.load_model(folder, config["device"], **options_of_models(config))
 
 
-def how_to_sample(config):
+def options_of_models(config):
     """Of a run's settings those of `agents.load_model`; an older run may lack them."""
-    return {name: config[name] for name in ("plain", "sample_gb") if name in config}
+    names = ("plain", "sample_gb", "chat_template_kwargs")
+    return {name: config[name] for name in names if name in config}
 
 
 def load_leader_and_team(run, config, leader, questions):
@@ -332,7 +333,7 @@ def load_leader_and_team(run, config, leader, questions):
         config["agents"],
         config["device"],
         journal=Path(run, "server.jsonl"),
-        **how_to_sample(config),
+        **options_of_models(config),
     )
     quoted = max(2, len(team))  # a leader reads K responses, an agent two texts
     names = [agent.name for agent in team]

@@ -51,10 +51,15 @@ class WhatToTrain:
     agents: list[str] = option(
         ["tiny"], "folders, hub names, http://server/v1#model, solver.py#Name; none: plain GRPO"
     )
-    dataset: str = option("tiny", "tiny, a .json/.jsonl file, or a benchmark (see data.py)")
+    dataset: str = option(
+        "tiny", "tiny, a .json, .jsonl, .csv or .parquet file, or a benchmark (see data.py)"
+    )
     question_column: str = option("", "what the dataset calls it, where it is no usual name")
     answer_column: str = option("", "likewise")
     task_column: str = option("", "likewise; the table counts by task")
+    chat_template_kwargs: str = option(
+        "", "JSON for the chat templates, such as '{\"enable_thinking\": false}' for Qwen3"
+    )
     out: str = option("runs/mlpo", "folder of the run")
     resume: bool = option(False, "go on with the unfinished run in --out")
     seed: int = option(0, "seed of everything random")
@@ -138,6 +143,7 @@ def parse(argv=None):
     parser.error = runs.fail
     args = Arguments(**vars(parser.parse_args(argv)))
     check_numbers(args)
+    agents.template_settings(args.chat_template_kwargs)
     if args.proposals and not Path(args.proposals).is_file():
         raise ValueError(f"--proposals {args.proposals}: no such file; name a proposals.jsonl")
     if args.paper:  # round 0 of the whole team, in its order, on every hard question

@@ -151,7 +151,7 @@ def run(tmp_path, monkeypatch):
     loaded = []
     how = []
 
-    def load_model(name, device="cpu", resting="", dtype=torch.float32, plain=False, sample_gb=0.0):
+    def load_model(name, device="cpu", resting="", dtype=torch.float32, plain=False, **options):
         loaded.append(name if name in cast else Path(name).name)
         how.append((device, plain))
         return copy.copy(cast[loaded[-1]])

@@ -33,7 +33,7 @@ for first, second in ((2, 3), (4, 5), (6, 3), (7, 8)):
     )
 
 
-@pytest.fixture(scope="module", params=TEMPLATES)
+@pytest.fixture(params=TEMPLATES)
 def tokenizer(request):
     """A tokenizer of subwords, with spaces inside its tokens, that has read these few texts."""
     backend = Tokenizer(models.BPE())
@@ -128,3 +128,46 @@ def share_in_form(leader, prompts, answers):
     for answer, group in zip(answers, completions):
         verdicts += [rewards.judge(completion.text, answer) for completion in group]
     return sum(verdict.formatted for verdict in verdicts) / len(verdicts)
+
+
+# ------------------------------------------------------------------------ what templates are told
+
+
+THINKS = (
+    TURNS + OPEN + "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
+)
+
+
+def test_templates_are_told_what_the_command_line_says(tmp_path, tokenizer):
+    """As Qwen3's: it thinks unless it is told not to. Every prompt goes through the same place."""
+    tokenizer.chat_template = THINKS
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 1, "vocab_size": len(tokenizer)}
+    LlamaForCausalLM(LlamaConfig(**size, **heads)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    messages = agents.agent_messages("How many?")
+    marks = set()
+    for told, thinks in (("", True), ('{"enable_thinking": false}', False)):
+        model = agents.load_model(str(tmp_path), chat_template_kwargs=told)
+        assert agents.render(model.tokenizer, messages).endswith("<think>") == thinks
+        marks.add(model.fingerprint(messages))
+    assert len(marks) == 2
+
+
+@pytest.mark.parametrize("text", ["[1]", "thinking", "3", "{"])
+def test_settings_of_templates_that_are_no_json_object(text):
+    with pytest.raises(ValueError, match="--chat_template_kwargs .*: no JSON object"):
+        train.parse(["--chat_template_kwargs", text])
+
+
+def test_a_template_that_refuses_everything_is_one_line(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('never') }}"
+    with pytest.raises(ValueError, match="refuses our prompts: never: use another model"):
+        agents.encode(tokenizer, agents.leader_messages("How many?"))
+
+
+def test_a_gguf_file_is_refused_in_one_line(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for name in (tmp_path, tmp_path / "model.gguf"):
+        with pytest.raises(ValueError, match="is a GGUF file, which cannot be trained: make a"):
+            agents.load_model(str(name))
