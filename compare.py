@@ -40,8 +40,9 @@ def paired_gain(differences):
     return Gain(100 * fmean(differences), half)
 
 
-def comparisons(results):
-    """{what: Gain} within a run: the last leader over what else one could have used."""
+def comparisons(results, bits="correct"):
+    """{what: Gain} within a run: the last leader over what else one could have used. bits: of the
+    rows' right answers; `correct_as_read` has those of outputs read as agents' responses are."""
     rows = {row["label"]: row for row in results["rows"]}
     team = [row for row in results["rows"] if row["who"] == "agent"]
     last_stage = results["rows"][-1]["stage"]
@@ -59,7 +60,9 @@ def comparisons(results):
     for label, other in pairs:
         if label != other:  # the same if there was no training
             differences = []
-            for right, other_right in zip(rows[label]["correct"], rows[other]["correct"]):
+            of_row = rows[label].get(bits, rows[label]["correct"])  # older results have one of them
+            of_other = rows[other].get(bits, rows[other]["correct"])
+            for right, other_right in zip(of_row, of_other):
                 differences.append(int(right) - int(other_right))
             found[f"{label} - {other}"] = paired_gain(differences)
     if team:
@@ -196,23 +199,36 @@ def share_by_question(results_of_runs, label):
 def print_table(results_of_runs):
     """The table, and the gains within each run; of several runs mean and spread."""
     print_rows(results_of_runs)
-    print("\nGains in points, with 95% intervals (of several runs: mean ± sd):")
+    print("\nGains in points, with 95% intervals (of several runs: mean ± sd); after the bar: with")
+    print("the leader's outputs read as the agents' responses are, without its tags:")
+    strict = mean_gains(results_of_runs, "correct")
+    as_read = mean_gains(results_of_runs, "correct_as_read")
+    for what, gain in strict.items():
+        other = as_read.get(what)
+        beside = f"{other.points:+6.1f} ±{other.half:4.1f}" if other else ""
+        print(f"{gain.points:+6.1f} ±{gain.half:4.1f} |{beside:12}  {what}")
+
+
+def mean_gains(results_of_runs, bits):
+    """{what: Gain}; of several runs their mean, with their standard deviation."""
     gains = {}
     for results in results_of_runs:
-        for what, gain in comparisons(results).items():
+        for what, gain in comparisons(results, bits).items():
             gains.setdefault(what, []).append(gain)
+    means = {}
     for what, of_runs in gains.items():
         points = [gain.points for gain in of_runs]
         spread = stdev(points) if len(points) > 1 else of_runs[0].half
-        print_gain(what, Gain(fmean(points), spread))
+        means[what] = Gain(fmean(points), spread)
+    return means
 
 
 def print_gain(what, gain):
     print(f"{gain.points:+6.1f} ±{gain.half:4.1f}  {what}")
 
 
-LINE = "{:28.27}{:>8}{:>14}{:>7}{:>7}{:>7}"  # label, right, spread, calls, prompt, output
-TASK = "{:>9}"
+LINE = "{:28.27}{:>7}{:>7}{:>12}{:>6}{:>7}{:>7}"  # label, right, read, spread, calls, tokens
+TASK = "{:>8}"
 
 
 def print_rows(results_of_runs):
@@ -221,8 +237,16 @@ def print_rows(results_of_runs):
     tasks = list(first["rows"][0]["per_task"])[:5]  # what fits; results.json has all
     print(f"\n{Path(first['dataset']).name}: {first['questions']} questions,", end=" ")
     print(f"{first['unknown_words']:.1%} of the words unknown (all tasks: results.json)\n")
-    heads = ["calls, tokens: per question", "right %", "95% or ± sd", "calls", "prompt", "output"]
-    heads += [task.split("_")[0][:8] for task in tasks]
+    heads = [
+        "calls, tokens: per question",
+        "right %",
+        "read",
+        "95%, ± sd",
+        "calls",
+        "prompt",
+        "output",
+    ]
+    heads += [task.split("_")[0][:7] for task in tasks]
     line = LINE + TASK * len(tasks)
     print(line.format(*heads))
     lines = {}  # what a line is about -> its row in each run
@@ -236,12 +260,13 @@ def print_rows(results_of_runs):
 def cells_of(rows, tasks):
     """What stands in a line of the table, after its label: of the same row in each run."""
     right = [100 * row["accuracy"] for row in rows]
+    as_read = [100 * row.get("accuracy_as_read", row["accuracy"]) for row in rows]
     if len(rows) > 1:
         spread = f"±{stdev(right):.1f}"
     else:
         low, high = rows[0]["ci"]
         spread = f"{100 * low:.1f}-{100 * high:.1f}"
-    cells = [f"{fmean(right):.1f}", spread]
+    cells = [f"{fmean(right):.1f}", f"{fmean(as_read):.1f}", spread]
     for key in ("generations", "prompt_tokens", "generated_tokens"):
         cells.append(f"{fmean(row[key] for row in rows):.0f}")
     for task in tasks:

@@ -406,12 +406,17 @@ def result_row(tasks, completions, who, name, stage=None, team=False, rounds=0, 
 
     completions: per question all that was generated for its answer, of which the first
     `prompts_read` (by default all) read a prompt. who: agent, majority, any_right or leader.
+    A leader is held to its tags, as in training; `..._as_read` is what it knows: its output read
+    as an agent's response is.
     """
     correct = []
+    correct_as_read = []
     read = []
     written = []
     for task, said in zip(tasks, completions):
         correct.append(is_right(who, task, said))
+        as_read = is_right("agent", task, said[-1:]) if who == "leader" else correct[-1]
+        correct_as_read.append(as_read)
         read.append(sum(len(completion.prompt_ids) for completion in said[:prompts_read]))
         written.append(sum(len(completion.ids) for completion in said))
     of_task = split_by_task(tasks, correct)
@@ -425,13 +430,19 @@ def result_row(tasks, completions, who, name, stage=None, team=False, rounds=0, 
         "generations": len(completions[0]),
         "accuracy": fmean(correct),
         "ci": wilson(correct),
+        "accuracy_as_read": fmean(correct_as_read),
         "prompt_tokens": fmean(read),
         "generated_tokens": fmean(written),
         "per_task": {task: fmean(rights) for task, rights in of_task.items()},
         "per_task_ci": {task: wilson(rights) for task, rights in of_task.items()},
-        "correct": "".join("1" if right else "0" for right in correct),  # to compare in pairs
+        "correct": bits(correct),  # to compare in pairs
+        "correct_as_read": bits(correct_as_read),
         "texts": [said[-1].text for said in completions],
     }
+
+
+def bits(correct):
+    return "".join("1" if right else "0" for right in correct)
 
 
 def split_by_task(tasks, correct):

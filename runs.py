@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import zipfile
 from datetime import timedelta
 from pathlib import Path
@@ -225,6 +226,9 @@ ALARMS = (
 )
 
 
+ON_SCREEN = "loss reward accuracy format length no_gradient tokens_per_s alone team".split()
+
+
 class Phase:
     """SFT or MLPO as it is on disk: where it goes on, its checkpoints, its log. Use it in a `with`:
     then Ctrl-C finishes the step, saves and ends the run, and a second Ctrl-C ends it at once."""
@@ -237,6 +241,7 @@ class Phase:
         self.model = model
         self.optimizer = optimizer
         self.step = 0  # the one that is being done
+        self.said = 0.0  # when the last line of the log was on the screen, in seconds
         self.skipped = 0  # steps in a row without a finite gradient
         self.recent = []  # rows of the log
         self.pressed = threading.Event()  # Ctrl-C
@@ -308,8 +313,8 @@ class Phase:
             raise ValueError(f"{problem}: {advice}. The last checkpoint: {self.saved}")
 
     def log(self, kind=None, **values):
-        """A row of metrics.jsonl, to 4 digits, and every few steps a line on the screen. `kind`: of
-        a row that is not a step's, such as a look at the validation questions."""
+        """A row of metrics.jsonl, to 4 digits; every few steps or seconds the numbers that matter
+        are on the screen. `kind`: of a row that is not a step's, such as a look at validation."""
         # "phase": what the row is about; "during", below: the phase in which it was written
         row = {"phase": kind or self.name, "step": self.step}
         for name, value in values.items():
@@ -317,8 +322,11 @@ class Phase:
         if rank() == 0:
             # resuming drops the looks of a phase along with its steps
             append_jsonl(self.run / "metrics.jsonl", [{**row, "during": self.name}])
-        if kind or self.step % 5 == 0:
-            self.say("  ".join(f"{name} {value}" for name, value in row.items()))
+        now = time.monotonic()
+        if kind or self.step % 5 == 0 or now - self.said > 5:  # slow steps: each of them
+            self.said = now
+            numbers = [f"{name} {row[name]}" for name in ON_SCREEN if name in row]
+            self.say("  ".join([f"{row['phase']} {self.step}/{self.total}", *numbers]))
         if not kind:
             self.recent.append(row)
             self.warn()

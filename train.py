@@ -29,6 +29,7 @@ import agents
 import compare
 import evaluate
 import grpo
+import report
 import runs
 import shared_prompt
 from data import columns, load_tasks
@@ -527,7 +528,7 @@ def mlpo(args, run, leader, team, rows, held_out):
     with phase:
         for step, rows_of_step in zip(phase.steps(), batches):
             if step % args.validate_every == 0:
-                phase.log("validation", **evaluate.validate(args, leader, held_out))
+                look_at_validation(args, run, phase, leader, held_out)
             rng = seed_everything(args.seed, "mlpo", step)
             clock = Stopwatch()
 
@@ -551,7 +552,7 @@ def mlpo(args, run, leader, team, rows, held_out):
             clock.lap("training")
 
             log_step(phase, groups, updates, rate, refine_tokens, clock)
-    phase.log("validation", **evaluate.validate(args, leader, held_out))
+    look_at_validation(args, run, phase, leader, held_out)
     runs.save_model(run / "leader", leader)
 
 
@@ -764,6 +765,13 @@ class Stopwatch:
         now = time.time()
         self.laps[name] = now - self.last
         self.last = now
+
+
+def look_at_validation(args, run, phase, leader, held_out):
+    """How many of the validation questions the leader has right, logged, and the curves so far."""
+    phase.log("validation", **evaluate.validate(args, leader, held_out))
+    if runs.rank() == 0:
+        report.plot_curves(runs.read_jsonl(run / "metrics.jsonl"), run / "curves.png")
 
 
 def log_step(phase, groups, updates, rate, refine_tokens, clock):
