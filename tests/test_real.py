@@ -1,0 +1,86 @@
+"""A real language model: `benchmarks/smollm2.py` makes it. Run these with `-m real`."""
+
+import pytest
+import torch
+from conftest import ROOT
+from test_commands import command
+from textbook import textbook_logprobs
+
+import agents
+import rewards
+import runs
+import train
+
+FOLDER = ROOT / "models" / "smollm2"
+WHY = "models/smollm2 is not there: python benchmarks/smollm2.py makes it"
+pytestmark = [pytest.mark.real, pytest.mark.skipif(not FOLDER.exists(), reason=WHY)]
+QUESTIONS = [f"What is {first} times {second}?" for first, second in ((3, 4), (12, 11), (7, 8))]
+
+
+@pytest.fixture(scope="module")
+def leader():
+    return agents.load_model(str(FOLDER))
+
+
+def test_greedy_sampling_writes_the_tokens_of_generate(leader):
+    prompts = [agents.leader_messages(question) for question in QUESTIONS]
+    for messages, [completion] in zip(prompts, leader.answer(prompts, 1, 0, 20)):
+        ids = torch.tensor([agents.encode(leader.tokenizer, messages)])
+        with torch.inference_mode():
+            output = leader.model.generate(ids, do_sample=False, max_new_tokens=20)
+        assert output[0, ids.shape[1] :].tolist() == completion.ids
+
+
+def test_sampled_log_probabilities_are_those_of_a_plain_pass(leader):
+    torch.manual_seed(0)
+    prompts = [agents.leader_messages(question) for question in QUESTIONS]
+    for [completion] in leader.answer(prompts, 1, 1.0, 20):
+        with torch.inference_mode():
+            [plain] = textbook_logprobs(leader.model, [completion.prompt_ids], [[completion.ids]])
+        torch.testing.assert_close(torch.tensor(completion.logprobs), plain, atol=1e-4, rtol=0)
+
+
+def test_sft_leads_to_the_form(leader):
+    """Overfitted on two questions, then sampled from the prompt that training uses."""
+    rows = []
+    for question, answer in zip(QUESTIONS[:2], ("12", "132")):
+        right = f"I multiply.\nSo the answer is {answer}."
+        responses = {"one": [right], "two": ["I add. So the answer is 7."]}
+        row = {"question": question, "answer": answer, "responses": responses}
+        rows.append({**row, "right": {"one": [True], "two": [False]}})
+    args = train.Arguments(backtrack=0.0)
+    model = agents.load_model(str(FOLDER))
+    optimizer = train.make_optimizer(args, model.model, 5e-5)
+    for step in range(12):
+        rng = train.seed_everything(0, "sft", step)
+        batch = []
+        for row in rows:
+            messages, parts = train.sft_example(rng, row, args)
+            batch.append(train.encode_example(model.tokenizer, messages, parts))
+        train.sft_gradient(args, model.model, batch)
+        train.gradient_step(model.model, optimizer, 5e-5)
+    prompts = [agents.leader_messages(row["question"]) for row in rows]
+    verdicts = []
+    for row, group in zip(rows, model.answer(prompts, 8, 0.7, 40)):
+        verdicts += [rewards.judge(completion.text, row["answer"]) for completion in group]
+    assert sum(verdict.formatted for verdict in verdicts) >= 0.95 * len(verdicts)
+
+
+def test_three_steps_of_mlpo_from_the_command(tmp_path):
+    path = tmp_path / "products.jsonl"
+    rows = []
+    for first in range(3, 9):
+        for second in range(3, 9):
+            question = f"What is {first} times {second}?"
+            rows.append({"question": question, "answer": str(first * second)})
+    runs.write_jsonl(path, rows)
+    words = "--questions 4 --validation_questions 2 --samples 2 --sft_steps 0 --steps 3 --rounds 1"
+    words += " --questions_per_step 2 --group_size 2 --max_new_tokens 24 --eval_questions 2"
+    models = ("--leader", FOLDER, "--agents", FOLDER, FOLDER)
+    done = command(
+        "train.py", *words.split(), *models, "--dataset", path, "--out", tmp_path / "run"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mlpo leader, team, T=1" in done.stdout
+    metrics = runs.read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert len([row for row in metrics if row["phase"] == "mlpo"]) == 3
