@@ -54,8 +54,8 @@ def comparisons(results, bits="correct"):
         untrained = label_of("", "untrained", team=True, rounds=1)
         for other in (untrained, majority, "best single agent"):
             pairs.append((ours, other))
-    alone = [label_of("", stage, team=False, rounds=1) for stage in (last_stage, "untrained")]
-    pairs.append(tuple(alone))
+    ours_alone = label_of("", last_stage, team=False, rounds=1)
+    pairs.append((ours_alone, label_of("", "untrained", team=False, rounds=1)))
     found = {}
     for label, other in pairs:
         if label != other:  # the same if there was no training

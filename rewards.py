@@ -75,7 +75,7 @@ STATED = re.compile(
     rf"(?: to [\w ]{{1,40}})? is\b(?! not\b)[\s:]*(.*?){END}"
 )
 LABELLED = re.compile(rf"(?is).*(?:\banswer\b[*_ ]*:|####)[*_\s]*(.*?){END}")
-OPTION = re.compile(r"\(?([A-Z])(?:\)\s+\w|, \w\w)")  # (E) 12/25/1937
+OPTION = re.compile(r"\(?([A-Z])(?:\)\s+\w|, \w\w)")  # (E) 12/25/1937; A, Ana
 # what a last line can commit to
 LETTER = re.compile(r"\(([A-Z])\)|^([A-Z])(?:[.):]|$)")
 WORD = re.compile(r"(?i)\b(yes|no|true|false|valid|invalid)\b")
@@ -168,7 +168,7 @@ def is_correct(answer, gold, question=""):
     - If the gold is a letter, `(B)`, `B` and `b.` are the same, and so is the letter with the
       text that this option has in the question; nothing else counts.
     - If it is a number, the answer must be one of the same value (50% is not 50), and no sum; a
-      unit in plain words may follow it.
+      unit in plain words may follow it where the gold has none.
     - Anything else is compared by math-verify as well, if the gold or the answer is LaTeX.
     More text around it, several answers, or invisible characters are not accepted."""
     answer = one_line(answer)
@@ -181,9 +181,9 @@ def is_correct(answer, gold, question=""):
     answer = plain(answer)
     gold = plain(gold)
     wanted = value(gold)
-    if isinstance(wanted, tuple):
+    if NUMBER.fullmatch(gold):  # a gold with a unit of its own allows no other
         answer = without_unit(answer, UNITS)
-    elif len(wanted) == 1 and re.fullmatch(r"\(?[a-z]\)?", gold):
+    elif re.fullmatch(r"\(?[a-z]\)?", gold):
         option = re.fullmatch(r"\(?([a-z])[).:]* (.+)", answer)
         if option and options_of(question).get(option[1]) == option[2]:
             answer = option[1]

@@ -128,7 +128,7 @@ def read_jsonl(path, repair=True):
 
 # --------------------------------------------------------------------------- the folder of a run
 
-# the result does not depend on these settings
+# the result does not depend on these settings (sample_gb: but for which random numbers are drawn)
 WHERE = ("out", "resume", "device")
 MEMORY_ONLY = ("save_steps", "checkpointing", "tokens_per_batch", "sample_gb", "plain")
 _locks = {}  # of the folders that are this process's until it ends, however it ends

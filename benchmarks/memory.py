@@ -51,7 +51,7 @@ def sizes(kind):
 
 def shape(args):
     """Prompts that are sampled at one time, and prompts in a training micro-batch."""
-    room = 2**14 if args.device == "cpu" else 2**17
+    room = 2**14 if args.device == "cpu" else 2**17  # of a GPU agents may take more: --sample_gb
     shared = args.prompt + args.group * args.completion
     copies = args.group * (args.prompt + args.completion)
     asked = min(args.questions, max(1, room // shared))

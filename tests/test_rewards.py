@@ -311,6 +311,7 @@ def test_an_option_may_stand_with_its_own_text(answer, right):
 def test_a_unit_may_follow_a_number(unit):
     assert is_correct(f"18 {unit}", "18") and not is_correct(f"18 {unit}", "19")
     assert not is_correct(f"18 million {unit}", "18")
+    assert not is_correct(f"18 {unit}", r"18\text{ cm}")  # the gold has another one
 
 
 @pytest.mark.parametrize("bomb", ["9^{9^{9^9}}", pytest.param("{" * 900, marks=pytest.mark.slow)])
