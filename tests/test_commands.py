@@ -3,63 +3,23 @@
 import json
 import os
 import random
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-import traceback
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, command, start, wait
 from transformers import AutoModelForCausalLM
 
 import runs
 import train
 
 SMALL = "--questions 20 --validation_questions 5 --sft_steps 3 --sft_batch 4 --steps 3 --rounds 2 "
-SMALL += "--questions_per_step 4 --group_size 3 --max_new_tokens 60 --eval_questions 10 "
+SMALL += "--questions_per_step 4 --group_size 3 --max_new_tokens 60 --eval_questions 6 "
 SMALL += "--validate_every 2 --save_steps 2 --kl_coef 0.1"
-
-
-def start(script, *words):
-    """The command in a process of its own: a fork, in which nothing has to be imported again."""
-    out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
-    if pid := os.fork():
-        return pid, out, err
-    status = 1
-    try:
-        for number, file in ((1, out), (2, err)):
-            os.dup2(file.fileno(), number)
-        sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
-        sys.argv = [script, *map(str, words)]
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-        status = 0
-    except SystemExit as stop:
-        status = stop.code
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def wait(pid, *files):
-    """returncode (negative: the signal), stdout, stderr."""
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    texts = []
-    for file in files:
-        file.seek(0)
-        texts.append(file.read())
-    return SimpleNamespace(returncode=status, stdout=texts[0], stderr=texts[1])
-
-
-def command(script, *words):
-    return wait(*start(script, *words))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +44,7 @@ def test_a_run_leaves_what_it_should(run):
     assert [r["step"] for r in rows if r["phase"] == "sft"] == [0, 1, 2]
     assert [r["step"] for r in rows if r["phase"] == "validation"] == [0, 2, 3]
     results = json.loads((folder / "results.json").read_text())
-    assert results["dataset"] == "tiny" and results["questions"] == 10
+    assert results["dataset"] == "tiny" and results["questions"] == 6
     stages = {(r["stage"], r["team"], r["rounds"]) for r in results["rows"] if r["who"] == "leader"}
     for stage in ("untrained", "sft", "mlpo"):
         assert {(stage, False, 1), (stage, True, 1), (stage, True, 2)} <= stages
@@ -95,7 +55,7 @@ def test_the_same_command_again_prints_the_table_again(run):
     folder, printed = run
     again = command("train.py", *SMALL.split(), "--out", folder)
     assert again.returncode == 0, again.stderr
-    table = printed[printed.index("tiny: 10 questions") :]
+    table = printed[printed.index("tiny: 6 questions") :]
     assert table in again.stdout
 
 
@@ -224,7 +184,7 @@ def test_plain_grpo_and_shared_proposals(run, tmp_path):
 
 def test_random_teams_and_later_rounds_resumed_and_evaluated_afterwards(run, tmp_path):
     folder = tmp_path / "rounds"
-    words = [*SMALL.replace("--eval_questions 10", "--eval_questions 0").split(), "--random_team"]
+    words = [*SMALL.replace("--eval_questions 6", "--eval_questions 0").split(), "--random_team"]
     words += ["--proposals", run[0] / "proposals.jsonl", "--train_rounds", 2, "--out", folder]
     done = command("train.py", *words)
     assert done.returncode == 0, done.stderr
@@ -320,9 +280,7 @@ def test_bad_input_is_one_line_before_anything_starts(words, tmp_path, capsys):
 
 
 def test_bad_input_ends_the_script_with_status_2(tmp_path):
-    words = ["--group_size", "1", "--out", tmp_path / "run"]
-    words = [sys.executable, ROOT / "train.py", *words]  # all of it, as a user starts it
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = command("train.py", "--group_size", 1, "--out", tmp_path / "run")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("train.py: --group_size")
 
@@ -434,7 +392,7 @@ def test_questions_in_words_that_the_built_in_models_do_not_know(run, tmp_path):
 def test_the_plain_way_trains_the_same_leader(run, tmp_path):
     """--plain: to the digits that the order of sums leaves."""
     folder = tmp_path / "plain"
-    words = SMALL.replace("--eval_questions 10", "--eval_questions 0").split()
+    words = SMALL.replace("--eval_questions 6", "--eval_questions 0").split()
     done = command("train.py", *words, "--plain", "--out", folder)
     assert done.returncode == 0, done.stderr
     first = runs.read_jsonl(run[0] / "metrics.jsonl")

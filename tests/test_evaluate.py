@@ -3,13 +3,12 @@
 import copy
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import command
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import agents
@@ -805,10 +804,7 @@ def test_ask_shows_who_said_what(real, capsys):
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "evaluate.py", str(tmp_path)],
-        capture_output=True, text=True, cwd=Path(evaluate.__file__).parent,
-    )  # fmt: skip
+    result = command("evaluate.py", tmp_path)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("evaluate.py: ") and result.stderr.count("\n") == 1
 
@@ -849,12 +845,6 @@ def test_bad_flags(run, options, capsys):
 def test_a_question_goes_to_one_run(run):
     with pytest.raises(ValueError, match="one RUN"):
         evaluate.main([str(run.path), str(run.path), "--ask", "q1"])
-
-
-def test_importing_it_does_not_import_matplotlib():
-    code = "import evaluate, sys; sys.exit('matplotlib' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(evaluate.__file__).parent)
-    assert done.returncode == 0
 
 
 def test_unfinished_or_no_run(run):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, command
 
 WORK = """
 import sys
@@ -31,16 +31,11 @@ if runs.rank() == 0:
 """
 
 STOP = """
-import sys
-sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-import signal, torch
-import runs, train
-
-args = train.Arguments(device="cpu")
-runs.join_processes(args)
+import signal
+folder = Path(sys.argv[2]).parent
 model = torch.nn.Linear(3, 1)
-phase = runs.Phase(Path(sys.argv[2]), "mlpo", 30, 10, model, train.make_optimizer(args, model, 0.1))
+phase = runs.Phase(folder, "mlpo", 30, 10, model, train.make_optimizer(args, model, 0.1))
 step = None
 try:
     with phase:
@@ -48,7 +43,7 @@ try:
             if step == 3 and runs.rank() == 1:
                 signal.raise_signal(signal.SIGINT)  # one of them alone
 except KeyboardInterrupt:
-    Path(sys.argv[2], f"stopped-{runs.rank()}").write_text(str(step))
+    Path(folder, f"stopped-{runs.rank()}").write_text(str(step))
 """
 
 
@@ -60,10 +55,12 @@ def torchrun(processes, *words):
     return done
 
 
-def test_one_and_two_processes_have_the_same_gradient(tmp_path):
+def test_two_processes_have_the_gradient_of_one_and_agree_on_stopping(tmp_path):
     script = tmp_path / "work.py"
     script.write_text(WORK)
-    subprocess.run([sys.executable, script, ROOT, tmp_path / "1.pt"], check=True, timeout=300)
+    done = command(script, ROOT, tmp_path / "1.pt")
+    assert done.returncode == 0, done.stderr
+    script.write_text(WORK + STOP)
     torchrun(2, script, ROOT, tmp_path / "2.pt")
     gradients = []
     for n in (1, 2):
@@ -71,13 +68,7 @@ def test_one_and_two_processes_have_the_same_gradient(tmp_path):
         gradients.append(torch.cat([gradient.flatten() for gradient in of_weights]))
     assert gradients[0].norm() > 0
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
-
-
-def test_two_processes_agree_on_stopping(tmp_path):
-    """Ctrl-C may reach one of them first: the other must not wait for it for ever."""
-    script = tmp_path / "work.py"
-    script.write_text(STOP)
-    torchrun(2, script, ROOT, tmp_path)
+    # and then one of them got Ctrl-C: the other did not wait for it for ever
     for rank in (0, 1):
         assert (tmp_path / f"stopped-{rank}").read_text() == "3"
     assert (tmp_path / "checkpoint.pt").exists()

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROOT
-from test_commands import command
+from conftest import ROOT, command
 from textbook import textbook_logprobs
 
 import agents
