@@ -3,21 +3,24 @@ r"""Rewards by rule: what did the model answer, is it right, is it in the form w
 No text makes these functions raise or takes them more than linear time. A policy under training
 finds every gap, so in doubt they say no: credit goes to *one* answer and nothing but the answer."""
 
-import functools
-import json
-import os
 import re
-import sys
-import threading
 from dataclasses import dataclass
-from fractions import Fraction
-from subprocess import DEVNULL, PIPE, Popen
+
+from formulas import same_formula
+from notation import (
+    CHANGING,
+    as_latex,
+    is_formula,
+    number,
+    numbers,
+    plain,
+    split_unit,
+    units_agree,
+    without_variable,
+)
 
 FORMAT_BONUS = 0.1  # our choice: far from the 1 for a right answer, but orders groups all wrong
 LONGEST_ANSWER = 2_000  # characters; golds are far shorter, and a longer answer is a wrong one
-LATEX_SECONDS = 5  # for one comparison: 9^{9^{9^9}} outlasts the limits of math-verify itself
-WORKERS = {}  # by process id: a forked process must not share its parent's pipes
-WORKER_LOCK = threading.Lock()
 
 
 def is_visible(text):
@@ -58,7 +61,7 @@ def extract_agent_answer(text):
     if is_visible(boxed):
         return boxed.strip()
     stated = STATED.match(text) or LABELLED.match(text)
-    answer = stated[1].strip(' \t*_`,"“”') if stated else ""
+    answer = stated[1].strip(AROUND) if stated else ""
     if is_visible(answer):
         word = re.match(WORD.pattern + "[,;]", answer)  # no, because ...
         if word:
@@ -69,13 +72,16 @@ def extract_agent_answer(text):
 
 
 # the last of them, up to the end of the line or sentence, but not to the full stop in 3.5
-END = r"(?:\n|\.(?!\S)|,? (?:which|because|since)\b|$)"
+# or Dr. Smith
+TITLES = "".join(rf"(?<!\b{title})" for title in ("dr", "mr", "mrs", "ms", "st", "prof", "vs"))
+END = rf"(?:\n|{TITLES}\.(?!\S)|,? (?:which|because|since)\b|$)"
 STATED = re.compile(
     rf"(?is).*\bthe (?:\w+ )?(?:answer|option|choice)"
     rf"(?: to [\w ]{{1,40}})? is\b(?! not\b)[\s:]*(.*?){END}"
 )
 LABELLED = re.compile(rf"(?is).*(?:\banswer\b[*_ ]*:|####)[*_\s]*(.*?){END}")
 OPTION = re.compile(r"\(?([A-Z])(?:\)\s+\w|, \w\w)")  # (E) 12/25/1937; A, Ana
+AROUND = " \t*_`,\"'“”‘’"
 # what a last line can commit to
 LETTER = re.compile(r"\(([A-Z])\)|^([A-Z])(?:[.):]|$)")
 WORD = re.compile(r"(?i)\b(yes|no|true|false|valid|invalid)\b")
@@ -121,39 +127,16 @@ def last_boxed(text):
     return ""
 
 
-# around an answer, or inside like the \! in 10,\!080, and without a meaning
-DECORATION = re.compile(r"\\?\$|\\[()\[\]!,]|\\(?=%)|\{,}|\^ ?(?:\\circ|{ ?\\circ ?})|°")
-WRAPPING = re.compile(r"^\\(?:boxed|text|textbf|mathrm) ?{(.*)}$")
-VARIABLE = re.compile(r"^[a-z] ?(?:=|\\in\b)(?! ?\(?[a-z]?\)?$) ?")  # in y = 2x, not in A = (B)
-FRACTION = re.compile(r"(?a)\\[dt]?frac ?(?:{ ?(-?\d+) ?}|(\d)) ?(?:{ ?(\d+) ?}|(\d))")
-UNIT = re.compile(r" ?\\(?:text|mbox|mathrm) ?{ ?[a-z]+\.? ?}(?:\^{?\d}?)?$")  # \text{ cm}^2
-NUMBER = re.compile(r"(?a)([-+]?) ?(\d+(?:,\d{3})*(?:\.\d*)?|\.\d+)(?: ?/ ?(0*[1-9]\d*))? ?(%?)")
-# Too much for math-verify: to it 9 = 8 is 8, 52_9 is 52_8, and a word is any anagram.
-SIGNS = re.compile(r"(=|\\(?:in|equiv|approx)\b|%)|_[ {]*(\w*)")
-NO_FORMULA = re.compile(r"\\(?:boxed|text|mbox|mathrm)|(?<![\\{a-z])[a-z]{3}|^[a-z]+$")
-
-
-# words that may follow a number without changing it
-UNITS = """dollar dollars cent cents euro euros pound pounds unit units square cubic foot feet inch
-inches yard yards mile miles meter meters metre metres centimeters km cm mm kg gram grams liter
-liters second seconds minute minutes hour hours day days week weeks month months year years degree
-degrees per""".split()
-# words that make another number or another thing of it
-COUNTING = "hundred thousand million billion trillion dozen half percent am pm or and not".split()
-
-
-def without_unit(text, units=None):
-    """`18 dollars per day` -> `18`: a number in front of at most four plain words; of these
-    `units`, or (None) of any that do not change its value."""
-    number, _, rest = text.partition(" ")
+def without_unit(text):
+    """`18 dollars per day` -> `18`: a number and one to four words that leave it as it is."""
+    digits, _, rest = text.partition(" ")
     words = rest.rstrip(".").split()
-    if not NUMBER.fullmatch(number) or not 0 < len(words) <= 4:
+    if number(digits) is None or not 0 < len(words) <= 4:
         return text
     for word in words:
-        fits = word in units if units else re.fullmatch("[a-z]{2,}", word) and word not in COUNTING
-        if not fits:
+        if not re.fullmatch("[a-z]{2,}", word) or word in CHANGING:
             return text
-    return number
+    return digits
 
 
 def options_of(question):
@@ -167,9 +150,11 @@ def is_correct(answer, gold, question=""):
     - Case, spacing, commas, bold type, a final stop, `$...$`, `\boxed{}` don't matter; brackets do.
     - If the gold is a letter, `(B)`, `B` and `b.` are the same, and so is the letter with the
       text that this option has in the question; nothing else counts.
-    - If it is a number, the answer must be one of the same value (50% is not 50), and no sum; a
-      unit in plain words may follow it where the gold has none.
-    - Anything else is compared by math-verify as well, if the gold or the answer is LaTeX.
+    - If it is a number, the answer must be one of the same value, and no sum. If it is numbers in
+      a row, so must the answer; their order matters in brackets.
+    - A unit may be left out if it changes no value. Another one is wrong, and 50% is not 50.
+    - If it is a formula, math-verify says whether the answer is the same one in another form.
+    - Anything else must be the same words and signs.
     More text around it, several answers, or invisible characters are not accepted."""
     answer = one_line(answer)
     gold = one_line(gold)
@@ -177,20 +162,20 @@ def is_correct(answer, gold, question=""):
         return is_visible(gold)
     if max(len(answer), len(gold)) > LONGEST_ANSWER or not answer.isprintable():
         return False
-    latex = re.search(r"[\\^]|_[0-9{]|\$.*\$", answer + "\n" + gold)
-    answer = plain(answer)
-    gold = plain(gold)
-    wanted = value(gold)
-    if NUMBER.fullmatch(gold):  # a gold with a unit of its own allows no other
-        answer = without_unit(answer, UNITS)
-    elif re.fullmatch(r"\(?[a-z]\)?", gold):
-        option = re.fullmatch(r"\(?([a-z])[).:]* (.+)", answer)
-        if option and options_of(question).get(option[1]) == option[2]:
-            answer = option[1]
-    same = value(answer) == wanted
-    if latex and not same and isinstance(wanted, list):
-        return same_latex(answer, gold)
-    return same and wanted != []
+    answer, gold = without_variable(plain(answer), plain(gold))
+    if LETTER_ALONE.fullmatch(gold):
+        return same_option(answer, gold, options_of(question))
+    if words_and_signs(answer) == words_and_signs(gold):
+        return words_and_signs(gold) != []
+    answer, unit = split_unit(answer)
+    gold, wanted_unit = split_unit(gold)
+    if not units_agree(unit, wanted_unit):
+        return False
+    if numbers(gold) and numbers(gold) == numbers(answer):  # also if 121,242 is one number, too
+        return True
+    if number(gold) is not None:
+        return number(answer) == number(gold)
+    return is_formula(gold) and same_formula(as_latex(answer), as_latex(gold))
 
 
 def one_line(text):
@@ -198,58 +183,22 @@ def one_line(text):
     return "" if text is None else " ".join(str(text).split())
 
 
-def plain(text):
-    """The text in lower case, without what some models put around an answer."""
-    text = DECORATION.sub("", text.casefold().replace("−", "-").replace("’", "'"))
-    for _ in range(4):  # as in **\boxed{\text{(B)}}.**
-        text = WRAPPING.sub(r"\1", text.strip(' *`"').removesuffix(".").rstrip())
-    return VARIABLE.sub("", text)
+LETTER_ALONE = re.compile(r"\(?([a-z])\)?")
 
 
-def value(text):
-    r"""What is compared: a letter, a number (2\frac12 is not 21/2), or all the words and signs."""
-    text = re.sub(r"^\(?([a-z])\)?$", r"\1", text)  # (B) is B
-    number = NUMBER.fullmatch(FRACTION.sub(r" \1\2/\3\4 ", UNIT.sub("", text)).strip())
-    if number:
-        sign, digits, denominator, percent = number.groups()
-        return Fraction(sign + digits.replace(",", "")) / int(denominator or 1), percent
-    return re.findall(r"\w+|[^\w\s,]", text)  # `])` is `] )`, but `12 3` is not `123`
+def same_option(answer, gold, options):
+    """Is it that letter, alone or with the text of its option?"""
+    wanted = LETTER_ALONE.fullmatch(gold)[1]
+    letter = LETTER_ALONE.fullmatch(answer)
+    if letter:
+        return letter[1] == wanted
+    with_text = re.fullmatch(r"\(?([a-z])[).:]* (.+)", answer)
+    return bool(with_text) and with_text[1] == wanted and options.get(wanted) == with_text[2]
 
 
-@functools.lru_cache(maxsize=10_000)
-def same_latex(answer, gold):
-    """Does math-verify find them equal, in whatever form? (So an answer may echo the question.)"""
-    if SIGNS.findall(answer) != SIGNS.findall(gold) or any(map(NO_FORMULA.search, (answer, gold))):
-        return False
-    with WORKER_LOCK:
-        worker = latex_worker()
-        # ended from outside, which works on every system: it may be deep in one multiplication
-        timer = threading.Timer(LATEX_SECONDS, worker.terminate)
-        timer.start()
-        try:
-            print(json.dumps([answer, gold]), file=worker.stdin, flush=True)
-            reply = worker.stdout.readline()  # "" if its time was up
-        except OSError:  # its time was up before it had read the question
-            reply = ""
-        finally:
-            timer.cancel()
-        if not reply:
-            worker.terminate()
-            worker.communicate()  # waits for it, and closes its pipes
-            del WORKERS[os.getpid()]
-    return reply == "True\n"
-
-
-def latex_worker():
-    """The process that compares for this one; a new one if there is none, or if it has ended."""
-    worker = WORKERS.get(os.getpid())
-    if worker is None or worker.poll() is not None:
-        command = [sys.executable, __file__]
-        worker = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, encoding="utf-8")
-        if worker.stdout.readline() != "ready\n":
-            raise RuntimeError("LaTeX answers need math-verify: pip install math-verify")
-        WORKERS[os.getpid()] = worker
-    return worker
+def words_and_signs(text):
+    """`])` is `] )`, but `12 3` is not `123`; commas between words do not matter."""
+    return re.findall(r"\w+|[^\w\s,]", re.sub(r"\\([{}])", r"\1", text))
 
 
 @dataclass
@@ -287,24 +236,3 @@ def reward(completions, answer, question=None, **kwargs):
             text = completion[-1]["content"] if completion else ""
         rewards.append(judge(text or "", gold, asked).reward)
     return rewards
-
-
-def compare_formulas():
-    """The worker: a pair of formulas on a line, a reply on a line."""
-    from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    # this parser evaluates no Python; math-verify's other one, for plain sums, calls eval
-    style = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
-    target = [LatexExtractionConfig(normalization_config=style)]
-    print("ready", flush=True)
-    for line in sys.stdin:
-        answer, gold = json.loads(line)
-        answer = parse(f"${answer}$", target, parsing_timeout=None)
-        gold = parse(f"${gold}$", target, parsing_timeout=None)
-        # with its default of 6 decimals, 0.0000001 would be 0.0000002
-        print(verify(gold, answer, float_rounding=12, timeout_seconds=None), flush=True)
-
-
-if __name__ == "__main__":
-    compare_formulas()

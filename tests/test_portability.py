@@ -85,8 +85,8 @@ def test_a_console_shows_the_letters_that_it_knows(monkeypatch, known, shown):
 
 
 def test_latex_is_compared_and_ended_there(without_unix):
-    words = "import rewards; rewards.LATEX_SECONDS = 600;"
+    words = "import formulas, rewards; formulas.SECONDS = 600;"
     words += "print(rewards.is_correct('$x^2 x$', 'x^3'));"
-    words += "rewards.LATEX_SECONDS = 1; print(rewards.is_correct('9^{9^{9^9}}', 'x^3'));"
-    words += "rewards.LATEX_SECONDS = 600; print(rewards.is_correct('$x^2 x^2$', 'x^4'))"
+    words += "formulas.SECONDS = 1; print(rewards.is_correct('9^{9^{9^9}}', 'x^3'));"
+    words += "formulas.SECONDS = 600; print(rewards.is_correct('$x^2 x^2$', 'x^4'))"
     assert without_unix("-c", words).stdout.split() == ["True", "False", "True"]

@@ -12,6 +12,7 @@ import pytest
 from conftest import TEXT, for_all
 from hypothesis import strategies as st
 
+import formulas
 import rewards
 from agents import leader_messages
 from rewards import extract_agent_answer, extract_answer, is_correct, judge, reward
@@ -114,6 +115,9 @@ AGENTS = [
     ("the answer is 18 dollars per day", "18"),
     ("the answer is 5 pm", "5 pm"),
     ("the answer is 5 million dollars", "5 million dollars"),
+    ("The answer is Dr. Smith. He said so.", "Dr. Smith"),
+    ("the answer is “Yes”", "Yes"),
+    ("the answer is 'Yes'.", "Yes"),
     # nothing stated: the last line
     ("not ( True ) is\nFalse", "False"),
     ("Yes, it returns to where it began.", "Yes"),
@@ -199,7 +203,7 @@ WRONG = [
     ("٣", "3"),
     ("2³", "23"),
     ("12 3", "123"),
-    ("1 234", "1234"),
+    ("1 23", "123"),
     ("1,23", "123"),
     ("8.0000001", "8"),
     ("50%", "50"),
@@ -280,8 +284,8 @@ def test_wrong(answer, gold):
 
 def fresh_worker():
     """Without a cached reply, and with whatever worker there was given up."""
-    rewards.same_latex.cache_clear()
-    for worker in rewards.WORKERS.values():
+    formulas.same_formula.cache_clear()
+    for worker in formulas.WORKERS.values():
         worker.kill()
         worker.wait()
 
@@ -318,30 +322,30 @@ def test_a_unit_may_follow_a_number(unit):
 def test_latex_that_takes_for_ever_is_ended_also_in_a_thread(bomb, monkeypatch):
     """The machine may be busy: what must hold is that it ends, is wrong, and that a new worker goes
     on."""
-    rewards.same_latex.cache_clear()
+    formulas.same_formula.cache_clear()
     is_correct("x^4", "x^{2+2}")  # the worker has started
-    monkeypatch.setattr(rewards, "LATEX_SECONDS", 0.5)
-    [before] = rewards.WORKERS.values()
+    monkeypatch.setattr(formulas, "SECONDS", 0.5)
+    [before] = formulas.WORKERS.values()
     replies = []
 
     def compare():
         replies.append(is_correct(bomb + "^2", "x^2"))
-        monkeypatch.setattr(rewards, "LATEX_SECONDS", 60)
+        monkeypatch.setattr(formulas, "SECONDS", 60)
         replies.append(is_correct("$2(k+1)$", "2k + 2"))
 
-    rewards.same_latex.cache_clear()
+    formulas.same_formula.cache_clear()
     thread = threading.Thread(target=compare)
     thread.start()
     thread.join()
     assert replies == [False, True]
     if "9" in bomb:  # this one does take for ever
-        assert before.poll() is not None and before not in rewards.WORKERS.values()
+        assert before.poll() is not None and before not in formulas.WORKERS.values()
 
 
 def test_a_worker_that_dies_between_two_comparisons_is_replaced():
     fresh_worker()
     assert is_correct("$x^2 x^3$", "x^5") is True
-    [worker] = rewards.WORKERS.values()
+    [worker] = formulas.WORKERS.values()
     worker.kill()
     worker.wait()
     assert is_correct("$x^2 x^4$", "x^6") is True
@@ -368,7 +372,7 @@ def test_latex_runs_no_code(tmp_path):
     for code in [f"__import__('os').mkdir('{trace}')", f"open('{trace}','w')", f"print('{trace}')"]:
         for answer in [f"${code}$", rf"\frac{{{code}}}{{2}}", rf"\operatorname{{{code}}}^2"]:
             assert is_correct(answer, "x^2") is False
-            assert rewards.NO_FORMULA.search(answer) or not rewards.same_latex(answer, "x^2")
+            assert formulas.NO_FORMULA.search(answer) or not formulas.same_formula(answer, "x^2")
     assert not trace.exists()
 
 
