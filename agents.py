@@ -13,8 +13,19 @@ from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from sampling import Completion, PlainCache, has_bf16, room_for_tokens, sample
-from servers import ServedModel
+from rewards import TAGS
+from sampling import (
+    Completion,
+    PlainCache,
+    error_of,
+    has_bf16,
+    is_out_of_memory,
+    room_for_tokens,
+    sample,
+    stop_ids,
+    tolerance,
+)
+from servers import ServedModel, merged
 from shared_prompt import SharedPromptCache, can_sample_with_shared_prompt
 
 logging.disable_progress_bar()  # loading weights takes no time worth a bar
@@ -33,7 +44,7 @@ AGENT_SYSTEM = (
     "Answer the question. Reason step by step. Then say in one last sentence, after the words "
     "`So the answer is`, what the answer is."
 )
-TAGS = re.compile(r"</?think>|</?answer>")  # what gives the leader's output its parts
+TAG = re.compile("|".join(TAGS))  # what gives the leader's output its parts
 
 
 def leader_messages(question, responses=(), names=()):
@@ -74,7 +85,7 @@ def quote(text):
     lines = []
     for line in text.splitlines():
         indentation = re.match(r"[ \t]*", line)[0]
-        words = " ".join(TAGS.sub(" ", line).split())
+        words = " ".join(TAG.sub(" ", line).split())
         if words:
             lines.append(indentation + words)
         elif lines and lines[-1]:
@@ -84,39 +95,45 @@ def quote(text):
 
 def encode(tokenizer, messages):
     """Chat messages -> token ids of the whole prompt, up to where the assistant begins to speak."""
-    return apply_template(tokenizer, messages, tokenize=True, return_dict=False)
+    return tokenizer(render(tokenizer, messages), add_special_tokens=False)["input_ids"]
 
 
-def render(tokenizer, messages):
-    """Chat messages -> the prompt as text: `encode` gives its token ids."""
-    return apply_template(tokenizer, messages, tokenize=False)
-
-
-def apply_template(tokenizer, messages, **how):
-    """The tokenizer's own template on chat messages. One that refuses a system message (Gemma's)
-    gets it at the head of the user's turn. ValueError if there is no template, or if it refuses
-    that too. `template_settings`: see `load_model`."""
-    if not tokenizer.chat_template:
+def render(tokenizer, messages, **settings):
+    """Chat messages -> the prompt as text, by the tokenizer's own template: `encode` gives its
+    token ids. A template that refuses a system message (Gemma's), or drops it (Phi-3's), gets it at
+    the head of the user's turn; the built-in one drops it on purpose, and says so. `settings`: for
+    the template, besides those of `load_model`. ValueError if there is no template, or if it
+    refuses that too."""
+    template = tokenizer.chat_template
+    if not template:
         raise ValueError(f"{tokenizer.name_or_path} has no chat template: use an instruct model")
     messages = defuse(tokenizer, messages)
-    how = {"add_generation_prompt": True, **getattr(tokenizer, "template_settings", {}), **how}
+    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    settings = {**getattr(tokenizer, "template_settings", {}), **settings}
+    settings |= {"tokenize": False, "add_generation_prompt": True}
     try:
-        return tokenizer.apply_chat_template(messages, **how)
+        text = tokenizer.apply_chat_template(messages, **settings)
+        if system.strip() in text or WITHOUT_SYSTEM in template:
+            return text
     except TemplateError:
-        system, user, *rest = messages
-        merged = {**user, "content": f"{system['content']}\n\n{user['content']}"}
+        pass
     try:
-        return tokenizer.apply_chat_template([merged, *rest], **how)
+        return tokenizer.apply_chat_template(merged(messages), **settings)
     except TemplateError as error:
         problem = f"the chat template of {tokenizer.name_or_path} refuses our prompts: {error}"
         raise ValueError(f"{problem}: use another model") from error
 
 
+WITHOUT_SYSTEM = "no system message, on purpose"  # in a template: its model knows no instructions
+
+
 def defuse(tokenizer, messages):
     """Texts as data: a chat marker in one (`<|im_end|>`) would become the real special token, and
-    so it is broken up by a space. Llama 3 calls some of its markers special nowhere but here."""
+    so it is broken up by a space. Llama 3 calls some of its markers special nowhere but here.
+    Where the form's tags are special tokens they stay whole: our own instructions name them."""
     markers = [x.content for x in tokenizer.added_tokens_decoder.values() if x.special]
     markers += tokenizer.all_special_tokens
+    markers = [marker for marker in markers if marker.strip() not in TAGS]
 
     def broken(text):
         for marker in markers:
@@ -169,7 +186,10 @@ class LocalModel:
 
     def fingerprint(self, prompt, **settings):
         """Of all that makes its responses what they are: weights, prompt, sampling settings."""
-        mark = hashlib.sha256(repr((encode(self.tokenizer, prompt), settings)).encode())
+        # some templates (Llama 3.2's) write the date; the agent is the same tomorrow
+        undated = re.sub(r"strftime_now\s*\(", "(", self.tokenizer.chat_template)
+        text = render(self.tokenizer, prompt, chat_template=undated)
+        mark = hashlib.sha256(repr((text, settings)).encode())
         for weight in self.model.parameters():  # as bf16: the same on a CPU and on a GPU
             bits = weight.data.to("cpu", torch.bfloat16).contiguous()
             mark.update(bits.view(torch.int16).numpy())
@@ -204,9 +224,34 @@ def load_model(
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"model {name!r} cannot be loaded: {reason}") from error
     tokenizer.template_settings = template_settings(chat_template_kwargs)
-    fast = can_sample_with_shared_prompt(model) and not plain
-    cache_class = SharedPromptCache if fast else PlainCache
+    if tokenizer.eos_token_id is None:  # only the model's configuration knows it
+        ends = stop_ids(model, tokenizer)
+        if not ends:
+            raise ValueError(f"model {name!r} names no end of sequence: it would write for ever")
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
+    model.to(device)
+    cache_class = choose_cache(name, model, plain)
+    model.to(resting or device)
     return LocalModel(name, model, tokenizer, device, resting, cache_class, sample_gb)
+
+
+def choose_cache(name, model, plain=False):
+    """How this model is sampled: the fast way if that is right for its architecture, else the plain
+    one, else ValueError."""
+    fast = can_sample_with_shared_prompt(model) and not plain
+    for cache_class in [SharedPromptCache, PlainCache] if fast else [PlainCache]:
+        try:
+            error = error_of(cache_class, model)
+        except Exception as problem:  # an architecture without such a cache fails in many ways
+            if is_out_of_memory(problem):
+                raise
+            error = math.inf
+        if error <= tolerance(model):
+            return cache_class
+    kind = model.config.model_type
+    reason = "has another kind of cache" if error == math.inf else f"is off by {error:.2g}"
+    problem = f"model {name!r} cannot be sampled here: {kind} {reason}"
+    raise ValueError(f"{problem}: choose one with plain attention, such as Llama or Qwen3")
 
 
 def only_gguf(folder):

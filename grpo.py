@@ -91,21 +91,6 @@ def logits_of(model, hidden):
     return logits
 
 
-@torch.no_grad()
-def check_logits(model, name):
-    """ValueError if `logits_of` is not what this architecture does: it cannot be trained here."""
-    ids = torch.arange(1, 9, device=model.device)[None]  # any eight tokens
-    with autocast(model):
-        own = model(ids).logits[0].float()
-        ours = logits_of(model, model.base_model(ids)[0][0]).float()
-    if not torch.allclose(own, ours, atol=1e-2, rtol=1e-2):
-        kind = model.config.model_type
-        raise ValueError(
-            f"--leader {name}: {kind} makes its logits in a way that grpo.logits_of does not know:"
-            " choose another leader (as an agent it works)"
-        )
-
-
 def k3(logprobs, reference_logprobs):
     """KL(policy || reference), estimated for each token: exp(d) - d - 1 with d = log ref - log pi.
 

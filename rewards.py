@@ -19,6 +19,7 @@ from notation import (
     without_variable,
 )
 
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # of the form that the leader learns
 FORMAT_BONUS = 0.1  # our choice: far from the 1 for a right answer, but orders groups all wrong
 LONGEST_ANSWER = 2_000  # characters; golds are far shorter, and a longer answer is a wrong one
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from rewards import TAGS
+
 
 @dataclass
 class Completion:
@@ -111,10 +113,11 @@ class Written:
     def completions(self, tokenizer, prompts, n, stop):
         tokens = self.tokens.tolist()
         logprobs = self.logprobs.tolist()
+        unseen = special_ids(tokenizer)
         completions = []
         for i, length in enumerate(self.lengths.tolist()):
             ids = tokens[i][:length]
-            text = tokenizer.decode(ids, skip_special_tokens=True)
+            text = tokenizer.decode([token for token in ids if token not in unseen])
             finished = ids[-1] in stop
             completions.append(
                 Completion(text, ids, logprobs[i][:length], finished, prompts[i // n])
@@ -193,6 +196,32 @@ class PlainCache:
         self.kv.batch_select_indices(kept.rows)
 
 
+@torch.inference_mode()
+def error_of(cache_class, model):
+    """How far the log-probabilities that sampling sees, token by token behind prompts of unequal
+    length, are from those of one plain pass over each text: 1e-5 where all is well."""
+    prompts = [list(range(1, 12)), [5, 6, 7]]  # any tokens: what is compared is arithmetic
+    written = [list(range(2, 6)), list(range(7, 11))]
+    worst = 0.0
+    with autocast(model):
+        cache, logits = cache_class.read(model, *pad(prompts, model.device, "left"), 1, 4)
+        for t in range(4):
+            for prompt, tokens, of_cache in zip(prompts, written, logits):
+                text = torch.tensor([prompt + tokens[:t]], device=model.device)
+                plain = model(text, use_cache=False).logits[0, -1]
+                gap = of_cache.float().log_softmax(-1) - plain.float().log_softmax(-1)
+                worst = max(worst, gap.abs().max().item())
+            token = torch.tensor([tokens[t] for tokens in written], device=model.device)
+            position = torch.tensor([len(prompt) + t for prompt in prompts], device=model.device)
+            logits = cache.step(model, token[:, None], position[:, None])
+    return worst
+
+
+def tolerance(model):
+    """What `error_of` may be: bf16 has three digits."""
+    return 0.3 if has_bf16(model.device) or model.dtype == torch.bfloat16 else 1e-2
+
+
 def read_prompts(model, prompt_ids, prompt_mask):
     """One forward pass over prompts, (B, P), padded on the left; logits of the last token only."""
     positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
@@ -215,6 +244,15 @@ def stop_ids(model, tokenizer):
     for eos in (model.generation_config.eos_token_id, model.config.eos_token_id):
         found.update(eos if isinstance(eos, list) else [eos])
     return sorted(found - {None})
+
+
+def special_ids(tokenizer):
+    """Ids of the special tokens, which are no text: all but those of the form (`<think>`)."""
+    special = set()
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        if token.special and token.content not in TAGS:
+            special.add(token_id)
+    return special
 
 
 def pad(rows, device, side):

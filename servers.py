@@ -40,6 +40,7 @@ class ServedModel:
         self.journal = journal
         self.url, self.model = name.split("#")
         self.api_key = os.environ.get("MLPO_API_KEY") or "EMPTY"  # never the token for the hub
+        self.refuses_system = False  # found out when it is asked
         self.stop = threading.Event()  # set: ask no more
         self.hint = ""
         self.saved = {}  # hash of what was asked -> rows of the journal, not yet used
@@ -110,7 +111,25 @@ class ServedModel:
                     ) from None
 
     def post(self, asked, timeout):
-        """The JSON that the server sends back; an exception of urllib or json if it sends none."""
+        """The JSON that the server sends back; an exception of urllib or json if it sends none. A
+        server whose template refuses a system message (Gemma's) is asked without one from then
+        on."""
+        if self.refuses_system:
+            return self.send({**asked, "messages": merged(asked["messages"])}, timeout)
+        try:
+            return self.send(asked, timeout)
+        except urllib.error.HTTPError as error:
+            if error.code != 400 or asked["messages"][0]["role"] != "system":
+                raise
+            try:
+                reply = self.send({**asked, "messages": merged(asked["messages"])}, timeout)
+            except urllib.error.HTTPError:
+                raise error from None  # it was something else
+        self.refuses_system = True
+        return reply
+
+    def send(self, asked, timeout):
+        """One request, and the JSON of its reply."""
         headers = {"Authorization": f"Bearer {self.api_key}", "Content-Type": "application/json"}
         request = urllib.request.Request(
             f"{self.url}/chat/completions", json.dumps(asked).encode(), headers
@@ -121,6 +140,15 @@ class ServedModel:
         except urllib.error.HTTPError as error:
             error.msg = error.read(2000).decode(errors="replace")  # the server's own reason
             raise
+
+
+def merged(messages):
+    """A system message at the head of the user's turn, for a template that refuses it or drops it:
+    without it no model would know what is wanted."""
+    if messages[0]["role"] != "system":
+        return messages
+    system, user, *rest = messages
+    return [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
 
 
 def read_reply(reply, messages, max_new_tokens):

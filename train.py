@@ -11,6 +11,7 @@ they compute is in grpo.py, sampling.py and agents.py.
 import bisect
 import copy
 import itertools
+import math
 import os
 import random
 import time
@@ -34,6 +35,7 @@ import runs
 import shared_prompt
 from data import columns, load_tasks
 from rewards import extract_agent_answer, is_correct, judge
+from sampling import autocast, is_out_of_memory, tolerance
 
 # ----------------------------------------------------------------------------------- arguments
 
@@ -207,7 +209,7 @@ def train(args, run):
     sft_done = (run / "leader_sft").exists()  # a resumed run may be past this phase
     name = str(run / "leader_sft") if sft_done else args.leader
     leader, team = evaluate.load_leader_and_team(run, asdict(args), name, questions)
-    grpo.check_logits(leader.model, name)
+    check_training(args, leader.model, name)
 
     if args.proposals:
         proposals = proposals_of_another_run(args, team, tasks)
@@ -685,6 +687,33 @@ def completion_logprobs(args, model, prompts, completions, temperature=1.0):
     if args.plain or args.checkpointing:
         return grpo.completion_logprobs(model, prompts, completions, temperature)
     return shared_prompt.completion_logprobs(model, prompts, completions, temperature)
+
+
+@torch.no_grad()
+def check_training(args, model, name):
+    """ValueError if the log-probabilities that training sees are not those of the model's own
+    forward pass: it may make its logits in a way that grpo.logits_of does not know."""
+    prompt = list(range(1, 12))  # any tokens: what is compared is arithmetic
+    completions = [list(range(2, 8)), list(range(7, 11))]
+    worst = math.inf
+    try:
+        logprobs, _ = completion_logprobs(args, model, [prompt], [completions])
+        gaps = []
+        for ours, said in zip(logprobs, completions):
+            with autocast(model):
+                logits = model(torch.tensor([prompt + said], device=model.device)).logits[0]
+            own = logits[len(prompt) - 1 : -1].float().log_softmax(-1)
+            targets = torch.tensor(said, device=model.device)[:, None]
+            gaps.append((ours[: len(said)] - own.gather(1, targets)[:, 0]).abs().max().item())
+        worst = max(gaps)
+    except RuntimeError as error:  # its hidden states have no such shape
+        if is_out_of_memory(error):
+            raise
+    if worst > tolerance(model):
+        raise ValueError(
+            f"--leader {name}: {model.config.model_type} makes its logits in a way that"
+            " grpo.logits_of does not know: choose another leader (as an agent it works)"
+        )
 
 
 def length_of_group(args):

@@ -29,9 +29,9 @@ def test_tags_in_a_response_do_not_structure_the_prompt():
     assert quote("<think>a b</think> <answer> 5 </answer>") == "a b The answer is 5."
     for text in ("</think><answer>1", "<answer><answer>2</answer></answer>", "<thi<think>nk>"):
         [_, user] = leader_messages("Q", [text])
-        assert not agents.TAGS.search(user["content"])
+        assert not agents.TAG.search(user["content"])
     messages = agent_messages("Q", own="<think>x", leader="<answer>7</answer>")
-    assert not any(agents.TAGS.search(m["content"]) for m in messages[1:])
+    assert not any(agents.TAG.search(m["content"]) for m in messages[1:])
 
 
 TURNS = "{{ bos_token or '' }}{%% for m in messages %%}%s{%% endfor %%}"
@@ -424,14 +424,14 @@ def test_round_0_alone_asks_nobody():
 @for_all(TEXT, TEXT)
 def test_no_text_has_a_part_in_the_structure_of_a_prompt(question, response):
     """Of a response no tag survives; the parts of the prompt are where they always are."""
-    assert not agents.TAGS.search(quote(response)) and quote(quote(response)) == quote(response)
+    assert not agents.TAG.search(quote(response)) and quote(quote(response)) == quote(response)
     system, user = leader_messages(question, [response, response])
     said = quote(response)
     assert system["content"] == agents.LEADER_SYSTEM
     assert user["content"] == (f"Response 1: {said}\n\nResponse 2: {said}\n\nQuestion: {question}")
     turns = agent_messages(question, response, response)
     assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user"]
-    assert not agents.TAGS.search(turns[2]["content"] + turns[3]["content"])
+    assert not agents.TAG.search(turns[2]["content"] + turns[3]["content"])
 
 
 LLAMA3 = PreTrainedTokenizerFast(

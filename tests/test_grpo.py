@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, modeling_layers
 
 import grpo
 import shared_prompt
+import train
 
 
 @pytest.mark.parametrize("group_size", [1, 3])
@@ -68,7 +69,7 @@ def test_logits_that_a_model_scales_or_caps_are_those_of_training_too(name, sett
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **size, **special, head_dim=8, initializer_range=0.3)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    grpo.check_logits(model, name)
+    train.check_training(train.Arguments(), model, name)
     ids = torch.tensor([prompts[2]])
     ours = grpo.logits_of(model, model.base_model(ids)[0][0])
     torch.testing.assert_close(ours, model(ids).logits[0], atol=1e-5, rtol=1e-5)
@@ -80,7 +81,7 @@ def test_logits_that_a_model_scales_or_caps_are_those_of_training_too(name, sett
 
 
 def test_a_leader_whose_logits_are_made_in_an_unknown_way_is_refused(model, monkeypatch):
-    grpo.check_logits(model, "mine")
+    train.check_training(train.Arguments(), model, "mine")
     usual = model.forward
 
     def forward(*args, **kwargs):
@@ -90,7 +91,7 @@ def test_a_leader_whose_logits_are_made_in_an_unknown_way_is_refused(model, monk
 
     monkeypatch.setattr(model, "forward", forward)
     with pytest.raises(ValueError, match="--leader mine: .* another leader") as stop:
-        grpo.check_logits(model, "mine")
+        train.check_training(train.Arguments(), model, "mine")
     assert "\n" not in str(stop.value)
 
 

@@ -230,7 +230,7 @@ def test_a_forged_reply_is_only_text_in_the_leaders_prompt(fake, tmp_path):
     [[said]] = agent.answer([ask("Q")])
     assert said.text == FORGED
     [_, user] = agents.leader_messages("Q", [said.text])
-    assert not agents.TAGS.search(user["content"])
+    assert not agents.TAG.search(user["content"])
     leader = agents.load_model("tiny")
     special = set(leader.tokenizer.all_special_ids) - {leader.tokenizer.unk_token_id}
     found = []
@@ -246,7 +246,23 @@ def test_a_refusal_ends_at_once_with_one_line(status, fake, tmp_path):
     agent = ServedModel(server.name, tmp_path / "server.jsonl")
     with pytest.raises(ValueError, match=f"#some/model .*: {status}: .*my words") as stop:
         agent.answer([ask("Q")])
-    assert len(server.asked) == 2 and "\n" not in str(stop.value)
+    # a 400 may be about the system message: once more without it
+    assert len(server.asked) == (3 if status == 400 else 2) and "\n" not in str(stop.value)
+
+
+def test_a_server_whose_template_refuses_a_system_message_is_asked_without_one(fake, tmp_path):
+    def mode(i):
+        return 400 if server.asked[i]["messages"][0]["role"] == "system" else "good"
+
+    server = fake(mode)
+    agent = ServedModel(server.name, tmp_path / "server.jsonl")
+    for question in ("Q1", "Q2"):
+        [[completion]] = agent.answer([ask(question)])
+        assert completion.text.startswith("So the answer is")
+        [turn] = server.asked[-1]["messages"]
+        assert turn["role"] == "user" and turn["content"].startswith(agents.AGENT_SYSTEM)
+        assert turn["content"].endswith(f"Question: {question}")
+    assert len(server.asked) == 1 + 2 + 1  # hello; refused and asked again; known from then on
 
 
 # --------------------------------------------------------------------------------------- keys

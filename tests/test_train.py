@@ -143,7 +143,7 @@ def test_a_step_on_the_gpu_of_a_mac_has_no_float64(way, model, tokenizer, prompt
     with NoFloat64():
         reference = train.frozen_copy(policy)
         optimizer = train.make_optimizer(args, policy, 1e-4)
-        grpo.check_logits(policy, "mine")
+        train.check_training(args, policy, "mine")
         train.sft_gradient(args, policy, [train.Example(prompts[2], [7, 8], [True, True])])
         assert train.gradient_step(policy, optimizer, 1e-4) > 0
         groups = sample(policy, tokenizer, prompts, 2, 0.9, 12, cache_class)

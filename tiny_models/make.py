@@ -36,7 +36,8 @@ AGENTS = {  # the misconceptions each holds; tasks without one it solves properl
 }
 WORD = r"</?[a-z]+>|-?\d+|[A-Za-z]+|[^\sA-Za-z0-9]"
 SPECIAL = ["<pad>", "<unk>", "<|user|>", "<|assistant|>", "<|end|>"]
-TEMPLATE = (  # without the system message, as some real templates do
+TEMPLATE = (
+    "{#- no system message, on purpose #}"  # agents.WITHOUT_SYSTEM: else it would be put elsewhere
     "{% for m in messages %}{% if m['role'] != 'system' %}"
     "<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
