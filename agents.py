@@ -343,22 +343,28 @@ UNKNOWN = 0.05  # share of a model's unknown words from which it is pointless to
 
 def check_prompts(model, prompts, more_tokens):
     """Before anything long starts: can this local model read these prompts (chat messages), with
-    `more_tokens` quoted in them or written after them? ValueError if one is too long, or if too
-    many of their words are unknown to it; a few are named on the screen."""
+    `more_tokens` quoted in them or written after them? {index: tokens needed} of those that are too
+    long. ValueError if too many words are unknown to it; a few are named on the screen."""
     encoded = [encode(model.tokenizer, messages) for messages in prompts]
-    room = getattr(model.model.config, "max_position_embeddings", None) or math.inf
-    need = max(len(ids) for ids in encoded) + more_tokens
-    if need > room:
-        problem = f"{model.name} reads {room} tokens, not {need}"
-        raise ValueError(f"lower --max_new_tokens: {problem}")
+    room = room_of(model)
+    too_long = {}
+    for index, ids in enumerate(encoded):
+        if len(ids) + more_tokens > room:
+            too_long[index] = len(ids) + more_tokens
     share = unknown_share(model.tokenizer, encoded)
     if share == 0:
-        return
+        return too_long
     words = ", ".join(unknown_words(model.tokenizer, prompts)[:8])
     problem = f"{share:.1%} of the words in the prompts are unknown to {model.name}: {words}"
     if share > UNKNOWN:
         raise ValueError(f"{problem}: choose another --leader and --agents for these questions")
     print(problem)
+    return too_long
+
+
+def room_of(model):
+    """How many tokens a local model can read and write."""
+    return getattr(model.model.config, "max_position_embeddings", None) or math.inf
 
 
 def unknown_id(tokenizer):

@@ -56,6 +56,8 @@ def load_tasks(spec, split, n=None, seed=0, question_column="", answer_column=""
         for i, record in enumerate(records, 1):
             try:
                 piles[name].append(to_row(record, task, theirs))
+            except FromOne as error:  # then the others are one off, though they look right
+                raise ValueError(f"row {i} of {name}: {error}") from None
             except (ValueError, RecursionError) as error:
                 problems.append(f"row {i} of {name}: {error}")
     parts = divide(piles)
@@ -217,21 +219,44 @@ def to_row(record, task, their_columns):
     answer = answer.rpartition("####")[2].strip()  # GSM8K: it comes last
     if not answer:
         raise ValueError("no answer after ####")
-    choices = record.get("choices")
-    if choices:  # MMLU: the answer is the number of a choice, or a letter
-        if not isinstance(choices, list) or len(choices) > 26:
-            raise ValueError(f"expected a list of at most 26 choices, not {choices!r:.40}")
-        letters = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(choices)])
-        numbers = [str(number) for number in range(len(choices))]
+    choices, first = choices_of(record)
+    if choices:  # the answer is the number of a choice, or a letter
+        letters = LETTERS[: len(choices)]
+        numbers = [str(first + place) for place in range(len(choices))]
         if answer in numbers:
-            answer = letters[int(answer)]
-        if answer not in letters:
+            answer = letters[numbers.index(answer)]
+        if answer == str(len(choices)):
+            raise FromOne(f"answer {answer} of {answer} choices: they count from 0: give letters")
+        if answer not in list(letters):
             raise ValueError(f"answer {answer!r:.40} is not one of a list of choices")
         question += "".join(f"\n({a}) {choice}" for a, choice in zip(letters, choices))
         answer = f"({answer})"
     task = str(record.get("task") or record.get("type") or record.get("subject") or task)
     (question + answer + task).encode()  # JSON can hold half a surrogate pair: a ValueError
     return {"question": question, "answer": answer, "task": task}
+
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+class FromOne(ValueError):
+    """Of a dataset whose choices are counted from 1, also where a row does not show it."""
+
+
+def choices_of(record):
+    """The choices of a record ([] if it has none) and the number of the first: a list `choices`
+    (MMLU) or `options` (MMLU-Pro), counted from 0, or columns A, B, ... (K-MMLU), from 1."""
+    choices = record.get("choices") or record.get("options")
+    if choices:
+        if not isinstance(choices, list) or len(choices) > len(LETTERS):
+            raise ValueError(f"expected a list of at most 26 choices, not {choices!r:.40}")
+        return choices, 0
+    columns = []
+    for letter in LETTERS:
+        if letter not in record:
+            break
+        columns.append(record[letter])
+    return (columns, 1) if len(columns) > 1 else ([], 0)
 
 
 def text(record, *names):

@@ -97,10 +97,12 @@ def measure(run, **options):
         return saved
 
     config = {**config, "device": device_here(run, config)}
+    leader, team = load_leader_and_team(run, config, config["leader"])
+    tasks = readable(leader, team, tasks, config)
     results = {"dataset": config["dataset"], "questions": len(tasks), "settings": settings}
     results["device"] = config["device"]
     results["question_ids"] = [data.question_hash(task["question"])[:16] for task in tasks]
-    results |= measure_rows(run, config, stages, tasks)
+    results |= measure_rows(run, config, stages, tasks, leader, team)
     texts = {}  # for the transcripts alone
     for row in results["rows"]:
         texts[row["label"]] = row.pop("texts")
@@ -111,11 +113,11 @@ def measure(run, **options):
     return results
 
 
-def measure_rows(run, config, stages, tasks):
-    """{"unknown_words": a share, "rows": of the team, then of each leader alone, then with it}."""
+def measure_rows(run, config, stages, tasks, leader, team):
+    """{"unknown_words": a share, "rows": of the team, then of each leader alone, then with it}.
+    `leader` is the untrained one."""
     questions = [task["question"] for task in tasks]
     rounds = config["rounds"]
-    leader, team = load_leader_and_team(run, config, config["leader"], questions)
     alone = [agents.encode(leader.tokenizer, agents.leader_messages(q)) for q in questions]
     unknown = agents.unknown_share(leader.tokenizer, alone)
     total = len(tasks) * generations_per_question(len(team), rounds, len(stages))
@@ -325,9 +327,7 @@ def options_of_models(config):
     return {name: config[name] for name in names if name in config}
 
 
-def load_leader_and_team(run, config, leader, questions):
-    """The leader and its team. ValueError if a prompt, with what it quotes, may be too long, or if
-    its words are unknown to who must read them."""
+def load_leader_and_team(run, config, leader):
     leader = load_leader(leader, config)
     team = agents.load_team(
         config["agents"],
@@ -335,15 +335,34 @@ def load_leader_and_team(run, config, leader, questions):
         journal=Path(run, "server.jsonl"),
         **options_of_models(config),
     )
+    return leader, team
+
+
+def readable(leader, team, tasks, config):
+    """The tasks that every local model can read, with what may be quoted and written beside them; a
+    line says how many are left out, and why. ValueError if none is left, or if a model does not
+    know the words."""
     quoted = max(2, len(team))  # a leader reads K responses, an agent two texts
     names = [agent.name for agent in team]
     names += [""] * (quoted - len(team))
-    prompts = [agents.leader_messages(question, [""] * quoted, names) for question in questions]
+    prompts = []
+    for task in tasks:
+        prompts.append(agents.leader_messages(task["question"], [""] * quoted, names))
+    more_tokens = (quoted + 1) * config["max_new_tokens"]  # the quoted texts and one's own
+    problems = {}  # index of a task: what is wrong with it
     for model in (leader, *team):
         if hasattr(model, "tokenizer"):  # others, such as a server, say it themselves
-            # the quoted texts and one's own
-            agents.check_prompts(model, prompts, (quoted + 1) * config["max_new_tokens"])
-    return leader, team
+            for index, need in agents.check_prompts(model, prompts, more_tokens).items():
+                room = agents.room_of(model)
+                problems.setdefault(index, f"{model.name} reads {room} tokens, not {need}")
+    if not problems:
+        return tasks
+    index, problem = min(problems.items())
+    problem = f"question {index + 1}, {tasks[index]['question'][:40]!r}: {problem}"
+    if len(problems) == len(tasks):
+        raise ValueError(f"lower --max_new_tokens, every question is too long: {problem}")
+    print(f"{len(problems)} of {len(tasks)} questions are too long and left out: {problem}")
+    return [task for index, task in enumerate(tasks) if index not in problems]
 
 
 def ask(folders, question, rounds=1, **options):
@@ -354,7 +373,8 @@ def ask(folders, question, rounds=1, **options):
     config, stages = read_run(run, **options)
     config["device"] = device_here(run, config)
     last_leader = list(stages.values())[-1]
-    leader, team = load_leader_and_team(run, config, last_leader, [question])
+    leader, team = load_leader_and_team(run, config, last_leader)
+    readable(leader, team, [{"question": question}], config)
     n_tokens = config["max_new_tokens"]
     prompt = agents.leader_messages(question)
     [[alone]] = leader.answer([prompt], n=1, temperature=0, max_new_tokens=n_tokens)

@@ -204,11 +204,14 @@ def train(args, run):
     """All phases that are not done yet; leaves `leader_sft/` and `leader/` in the run's folder."""
     tasks = questions_of(args, "train", args.questions)
     held_out_tasks = questions_of(args, "validation", args.validation_questions)
-    questions = [task["question"] for task in tasks + held_out_tasks]
 
     sft_done = (run / "leader_sft").exists()  # a resumed run may be past this phase
     name = str(run / "leader_sft") if sft_done else args.leader
-    leader, team = evaluate.load_leader_and_team(run, asdict(args), name, questions)
+    leader, team = evaluate.load_leader_and_team(run, asdict(args), name)
+    tasks = evaluate.readable(leader, team, tasks, asdict(args))
+    held_out_tasks = evaluate.readable(leader, team, held_out_tasks, asdict(args))
+    if args.eval_questions:  # they are asked after hours: better to know now
+        evaluate.readable(leader, team, evaluate.drawn_questions(test_settings(args)), asdict(args))
     check_training(args, leader.model, name)
 
     if args.proposals:
@@ -224,6 +227,11 @@ def train(args, run):
         sft(args, run, leader, hard)
     if not (run / "leader").exists():
         mlpo(args, run, leader, team, kept, held_out)
+
+
+def test_settings(args):
+    """What the evaluation will be told of its questions."""
+    return {**asdict(args), "trained_on": args.dataset}
 
 
 def questions_of(args, split, n):

@@ -191,7 +191,32 @@ def test_choices(tmp_path, gold):
         question = "q?\n(A) w\n(B) x\n(C) y\n(D) z"
         assert only_row(path) == {"question": question, "answer": "(C)", "task": "law"}
     else:
-        assert ("is not one of a list of choices" if gold else "no text") in error(path, "all")
+        said = "is not one of a list of choices" if gold else "no text"
+        assert ("4 of 4 choices" if gold == 4 else said) in error(path, "all")
+
+
+@pytest.mark.parametrize(
+    "record, shown, answer",
+    [
+        ({"options": ["w", "x"], "answer": "B"}, "\n(A) w\n(B) x", "(B)"),  # MMLU-Pro
+        ({"options": list("abcdefghijkl"), "answer": 11}, "\n(L) l", "(L)"),
+        ({"A": "w", "B": "x", "C": "y", "answer": 3}, "\n(A) w\n(B) x\n(C) y", "(C)"),  # K-MMLU
+        ({"A": "w", "B": "x", "answer": "A"}, "\n(A) w\n(B) x", "(A)"),
+        ({"A": "an article", "answer": "A"}, "", "A"),  # no options
+    ],
+)
+def test_options_wherever_they_are(tmp_path, record, shown, answer):
+    row = only_row(write(tmp_path / "x.jsonl", [{"question": "q?", **record}]))
+    assert row["question"].endswith(shown) and row["answer"] == answer
+    assert shown or row["question"] == "q?"
+
+
+def test_choices_that_are_counted_from_1_are_refused_as_a_whole(tmp_path):
+    """Of the other rows nobody would see that each is one off."""
+    choices = ["w", "x", "y", "z"]
+    rows = [{"question": f"q{i}", "choices": choices, "answer": i} for i in (1, 2, 3, 4)]
+    message = error(write(tmp_path / "x.jsonl", rows), "all")
+    assert "row 4 of x: answer 4 of 4 choices: they count from 0: give letters" in message
 
 
 @pytest.mark.parametrize(

@@ -863,6 +863,21 @@ def test_a_short_context_is_found_before_anyone_speaks(run):
     assert not run.cast["c"].prompts
 
 
+def test_questions_that_are_too_long_are_left_out_aloud(run, capsys):
+    """Otherwise one of a thousand ends hours of training in an error."""
+    prompt = len(agents.encode(run.cast["c"].tokenizer, agents.leader_messages("q1", ["", ""])))
+    more = 3 * CONFIG["max_new_tokens"]
+    leader, team = run.cast["base"], [run.cast["b"], run.cast["c"]]
+    run.cast["c"].model.config.max_position_embeddings = prompt + more
+    tasks = [{"question": "q1"}, {"question": "q2 with many words more"}, {"question": "q3"}]
+    config = {"max_new_tokens": CONFIG["max_new_tokens"]}
+    assert evaluate.readable(leader, team, tasks, config) == [tasks[0], tasks[2]]
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1].startswith("1 of 3 questions are too long and left out: question 2, 'q2 with")
+    with pytest.raises(ValueError, match="lower --max_new_tokens, every question is too long"):
+        evaluate.readable(leader, team, tasks[1:2], config)
+
+
 def test_an_agent_without_a_tokenizer_is_not_checked(run):
     """A server, or an agent from a Python file: it has a name and answers, no more."""
     del run.cast["c"].tokenizer
