@@ -12,6 +12,7 @@ from types import SimpleNamespace
 # two threads that wait for each other on a busy machine can take a hundred times as long
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import matplotlib.pyplot  # noqa: F401: commands are forks, and need not read it again
 import pytest
 import torch
 from hypothesis import given, settings
@@ -50,6 +51,16 @@ TEXT = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=20), max_size=12).
 
 def start(script, *words):
     """The command in a process of its own: a fork, in which nothing has to be imported again."""
+
+    def run():
+        sys.argv = [script, *map(str, words)]
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+    return fork(run)
+
+
+def fork(work):
+    """work() in a process of its own: what `wait` needs."""
     out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
     if pid := os.fork():
         return pid, out, err
@@ -58,8 +69,9 @@ def start(script, *words):
         for number, file in ((1, out), (2, err)):
             os.dup2(file.fileno(), number)
         sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
-        sys.argv = [script, *map(str, words)]
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        # torch mends its pool of threads after a fork: here, before several threads try at once
+        torch.set_num_threads(1)
+        work()
         status = 0
     except SystemExit as stop:
         status = stop.code

@@ -18,7 +18,7 @@ import runs
 import train
 
 SMALL = "--questions 20 --validation_questions 5 --sft_steps 3 --sft_batch 4 --steps 3 --rounds 2 "
-SMALL += "--questions_per_step 4 --group_size 3 --max_new_tokens 60 --eval_questions 6 "
+SMALL += "--questions_per_step 4 --group_size 3 --max_new_tokens 45 --eval_questions 6 "
 SMALL += "--validate_every 2 --save_steps 2 --kl_coef 0.1"
 
 
@@ -211,7 +211,7 @@ def test_random_teams_and_later_rounds_resumed_and_evaluated_afterwards(run, tmp
 def test_the_config_says_what_the_papers_setting_is(run, tmp_path):
     folder = tmp_path / "paper"
     words = "--questions 20 --validation_questions 1 --sft_steps 0 --steps 0 --eval_questions 0 "
-    words += "--max_new_tokens 60"
+    words += "--max_new_tokens 45"
     shared = ["--proposals", run[0] / "proposals.jsonl"]
     done = command("train.py", *words.split(), *shared, "--paper", "--out", folder)
     assert done.returncode == 0, done.stderr

@@ -115,7 +115,7 @@ def test_after_sft_a_model_that_never_saw_the_form_is_in_form(tokenizer):
     optimizer = train.make_optimizer(args, model, 3e-3)
     for step in range(150):
         batch = []
-        for messages, parts in examples(args, seed=step, n=8, rows=ROWS[:2]):
+        for messages, parts in examples(args, seed=step, n=4, rows=ROWS[:2]):
             batch.append(train.encode_example(tokenizer, messages, parts))
         train.sft_gradient(args, model, batch)
         train.gradient_step(model, optimizer, 3e-3 * (1 - step / 150))

@@ -5,6 +5,7 @@ from itertools import chain
 
 import pytest
 import torch
+from conftest import fork, wait
 from textbook import gradient, random_completions
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -50,16 +51,17 @@ def test_two_threads_make_the_same_gradient_every_time():
     completions = []
     for _ in prompts:
         completions.append([rng.choices(range(5, 300), k=rng.randrange(6, 9)) for _ in range(32)])
-    threads = torch.get_num_threads()
-    gradients = []
-    torch.set_num_threads(2)
-    try:
+
+    def compute():
+        gradients = []
+        torch.set_num_threads(2)
         for _ in range(4):
             logprobs, mask = shared_prompt.completion_logprobs(leader.model, prompts, completions)
             gradients.append(gradient(leader.model, (logprobs * mask).sum()))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(other, gradients[0]) for other in gradients[1:])
+        print(all(torch.equal(other, gradients[0]) for other in gradients[1:]))
+
+    done = wait(*fork(compute))  # a worker with two threads is not forked again by later tests
+    assert done.stdout == "True\n", done.stderr
 
 
 @pytest.mark.parametrize("temperature", [0, 0.9])
