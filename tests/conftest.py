@@ -12,7 +12,7 @@ from types import SimpleNamespace
 # two threads that wait for each other on a busy machine can take a hundred times as long
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import matplotlib.pyplot  # noqa: F401: commands are forks, and need not read it again
+import matplotlib.pyplot  # noqa: F401 (commands are forks, and need not read it again)
 import pytest
 import torch
 from hypothesis import given, settings
