@@ -184,7 +184,7 @@ def one_line(text):
     return "" if text is None else " ".join(str(text).split())
 
 
-LETTER_ALONE = re.compile(r"\(?([a-z])\)?")
+LETTER_ALONE = re.compile(r"\(? ?([a-z]) ?\)?")
 
 
 def same_option(answer, gold, options):
@@ -193,7 +193,7 @@ def same_option(answer, gold, options):
     letter = LETTER_ALONE.fullmatch(answer)
     if letter:
         return letter[1] == wanted
-    with_text = re.fullmatch(r"\(?([a-z])[).:]* (.+)", answer)
+    with_text = re.fullmatch(r"\(? ?([a-z]) ?[).:]* (.+)", answer)
     return bool(with_text) and with_text[1] == wanted and options.get(wanted) == with_text[2]
 
 

@@ -298,6 +298,9 @@ OPTIONS = "When?\nOptions:\n(A) Monday\n(B) Tuesday"
     [
         ("(B)", True),
         ("(B) Tuesday", True),
+        ("( B )", True),
+        ("( B ) Tuesday", True),
+        ("( A )", False),
         ("B. tuesday", True),
         ("(B) Monday", False),
         ("(A) Tuesday", False),
@@ -308,7 +311,7 @@ OPTIONS = "When?\nOptions:\n(A) Monday\n(B) Tuesday"
 def test_an_option_may_stand_with_its_own_text(answer, right):
     assert is_correct(answer, "(B)", OPTIONS) is right
     assert judge(f"<think>a</think><answer>{answer}</answer>", "(B)", OPTIONS).right is right
-    assert is_correct(answer, "(B)") is (answer == "(B)")  # without the question
+    assert is_correct(answer, "(B)") is (answer in ("(B)", "( B )"))  # without the question
 
 
 @pytest.mark.parametrize("unit", ["dollars", "dollars per day", "square feet", "units"])
