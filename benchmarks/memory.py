@@ -8,8 +8,11 @@ Weights are random: only their shapes matter. P tokens of prompt, G completions 
 weights, L layers, h hidden, I inner, kv key-value, V vocabulary size. b bytes: 4 on a CPU, else 2.
 
     weights 4 N, gradients 4 N, AdamW 8 N; on a GPU autocast's copy in training 2 N
-    agent       2 N of the largest agent (--agent): they are bf16 and take turns
-    cache       2 L kv b (P + G R) for each prompt that is sampled at one time (2^14 tokens; 2^17)
+    agent       2 N of the largest agent (--agent): they are bf16 and take turns; and its cache
+    cache       2 L kv b (P + G R) for each prompt that is sampled at one time: what has room in
+                1 GiB of a CPU, in a quarter of a GPU (--gpu_gb), as sampling.room_for_tokens says.
+                Without grouped heads (1.7B, SmolLM2's) kv is h, and a token takes eight times as
+                much as in Qwen2.5-0.5B: fewer prompts at a time
     activations (L + 1) times b [t (4 I + 4 h) + 2 h (P + R) rows] + 16 t h: what a layer keeps, and
                 the gradient of one; t is P + G R for each prompt of a micro-batch, rows are G
     logits      4 copies in float32 of the rows in sampling, of 1,024 tokens in training
@@ -49,9 +52,19 @@ def sizes(kind):
     return sum(p.numel() for p in model.parameters()), h, inner, layers, h // heads * kv, vocabulary
 
 
-def shape(args):
+def room_of(kind, args):
+    """How many tokens' keys and values the cache of this model may hold, and the bytes of one."""
+    _, _, _, layers, kv, _ = sizes(kind)
+    if args.device == "cpu":
+        token = 2 * layers * kv * 4
+        return min(2**14, 2**30 // token), token
+    token = 2 * layers * kv * 2
+    return int(args.gpu_gb * 2**30) // 4 // token, token
+
+
+def shape(kind, args):
     """Prompts that are sampled at one time, and prompts in a training micro-batch."""
-    room = 2**14 if args.device == "cpu" else 2**17  # of a GPU agents may take more: --sample_gb
+    room, _ = room_of(kind, args)
     shared = args.prompt + args.group * args.completion
     copies = args.group * (args.prompt + args.completion)
     asked = min(args.questions, max(1, room // shared))
@@ -59,18 +72,26 @@ def shape(args):
     return asked, min(args.questions, max(1, args.tokens_per_batch // per_group)), room
 
 
+def agent_bytes(args):
+    """The largest agent's weights, and its cache for a step's worth of questions."""
+    asked, _, _ = shape(args.agent, args)
+    _, token = room_of(args.agent, args)
+    tokens = asked * (args.prompt + args.group * args.completion)
+    return 2 * sizes(args.agent)[0] + tokens * token
+
+
 def compute(kind, args):
     """The columns, in bytes."""
     n, h, inner, layers, kv, vocabulary = sizes(kind)
     b = 4 if args.device == "cpu" else 2
-    p, r, g, (asked, trained, _) = args.prompt, args.completion, args.group, shape(args)
+    p, r, g, (asked, trained, _) = args.prompt, args.completion, args.group, shape(kind, args)
     rows, t = trained * g, trained * (g * (p + r) if args.checkpointing else p + g * r)
     layer = b * (t * (4 * inner + 4 * h) + rows * 2 * h * (p + r)) + 4 * t * 4 * h
     active = 4 * layers * t * h + layer if args.checkpointing else (layers + 1) * layer
     cache, copy = 2 * layers * kv * b * asked * (p + g * r), 2 * n if b == 2 else 0
     logits = [16 * vocabulary * tokens for tokens in (asked * g, min(1024, rows * r))]
     columns = {"weights": 4 * n, "gradients": 4 * n, "AdamW": 8 * n, "copy": copy}
-    columns |= {"agent": 2 * sizes(args.agent)[0], "cache": cache, "logits": logits[0]}
+    columns |= {"agent": agent_bytes(args), "cache": cache, "logits": logits[0]}
     columns |= {"activ.": active, " logits": logits[1]}
     sampling, training = 4 * n + cache + logits[0], 16 * n + copy + active + logits[1]
     return columns | {"sampling": sampling, "meas.": None, "training": training, " meas.": None}
@@ -80,7 +101,7 @@ def measure(kind, phase, args):
     """In a process of its own: proposals-length sampling, or a training step with its AdamW."""
     if args.device == "cuda":
         torch.cuda.init()
-    before, (asked, trained, room) = step.peak(args.device), shape(args)
+    before, (asked, trained, room) = step.peak(args.device), shape(kind, args)
     prompts = (args.prompt,) * (asked if phase == "sampling" else trained)
     model, tokenizer, prompts, optimizer = step.build(kind, prompts, args.device)
     if args.device == "cuda":
@@ -114,15 +135,18 @@ def main():
     add("--measure", nargs="*", default=["tiny"], choices=step.MODELS, help="these by running them")
     add("--agent", default="1.5B", choices=step.MODELS, help="the largest of the agents")
     add("--device", default="cpu")
+    add("--gpu_gb", type=float, default=24.0, help="memory of the GPU")
     numbers = dict(prompt=1024, completion=256, group=8, questions=16, tokens_per_batch=8192)
     for name, number in numbers.items():
         add(f"--{name}", type=int, default=number)
     add("--checkpointing", action="store_true")
     args = parser.parse_args()
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"  # what is freed is given back, and not counted
-    asked, trained, _ = shape(args)
     print(f"MB, for {args.device}; P {args.prompt}, R {args.completion}, G {args.group};", end=" ")
-    print(f"{asked} prompts sampled at one time, {trained} in a micro-batch.")
+    for kind in args.models:
+        asked, trained, _ = shape(kind, args)
+        print(f"{kind}: {asked} prompts sampled at one time, {trained} in a micro-batch;", end=" ")
+    print()
     print("All but meas. is computed; sampling and training are sums of what stands before them.\n")
     print(FRAME.format("model", *compute("tiny", args)))
     for kind in args.models:

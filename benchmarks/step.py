@@ -36,6 +36,7 @@ MODELS = {  # architecture, vocabulary, and these
     "5M": ("qwen2", 2048, 256, 768, 6, 4, 2),
     "0.5B": ("qwen2", 151936, 896, 4864, 24, 14, 2),  # Qwen2.5
     "1.5B": ("qwen2", 151936, 1536, 8960, 28, 12, 2),
+    "1.7B": ("llama", 49152, 2048, 8192, 24, 32, 32),  # SmolLM2: no grouped heads
 }
 SHAPES = {  # model, tokens of each prompt, tokens of each of its G completions
     "tiny": ("tiny", tuple(range(100, 260, 10)), (40,) * 8),
