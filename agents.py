@@ -363,8 +363,17 @@ def check_prompts(model, prompts, more_tokens):
 
 
 def room_of(model):
-    """How many tokens a local model can read and write."""
-    return getattr(model.model.config, "max_position_embeddings", None) or math.inf
+    """How many tokens a local model can read and write. Where the rotary positions of all tokens
+    change with the length of the text, as in longrope, keys in a cache would become wrong: there
+    it is the length up to which they stay."""
+    config = model.model.config
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type", rope.get("type"))
+    room = getattr(config, "max_position_embeddings", None) or math.inf
+    if kind in ("dynamic", "longrope"):
+        first = rope.get("original_max_position_embeddings")
+        return first or getattr(config, "original_max_position_embeddings", None) or room
+    return room
 
 
 def unknown_id(tokenizer):

@@ -243,20 +243,32 @@ class FromOne(ValueError):
     """Of a dataset whose choices are counted from 1, also where a row does not show it."""
 
 
+CHOICE_COLUMNS = [
+    list(LETTERS),
+    [f"option_{letter}" for letter in LETTERS.lower()],
+    [f"option{number}" for number in range(1, len(LETTERS) + 1)],
+]
+
+
 def choices_of(record):
     """The choices of a record ([] if it has none) and the number of the first: a list `choices`
-    (MMLU) or `options` (MMLU-Pro), counted from 0, or columns A, B, ... (K-MMLU), from 1."""
+    (MMLU) or `options` (MMLU-Pro), counted from 0, or a column for each (K-MMLU's A, B, ...), from
+    1. ValueError for a list of something else than texts."""
     choices = record.get("choices") or record.get("options")
     if choices:
-        if not isinstance(choices, list) or len(choices) > len(LETTERS):
-            raise ValueError(f"expected a list of at most 26 choices, not {choices!r:.40}")
+        texts = isinstance(choices, list) and not any(isinstance(c, (dict, list)) for c in choices)
+        if not texts or len(choices) > len(LETTERS):
+            raise ValueError(f"expected a list of at most 26 texts as choices, not {choices!r:.40}")
         return choices, 0
-    columns = []
-    for letter in LETTERS:
-        if letter not in record:
-            break
-        columns.append(record[letter])
-    return (columns, 1) if len(columns) > 1 else ([], 0)
+    for names in CHOICE_COLUMNS:
+        columns = []
+        for name in names:
+            if record.get(name) is None:
+                break
+            columns.append(record[name])
+        if len(columns) > 1:
+            return columns, 1
+    return [], 0
 
 
 def text(record, *names):

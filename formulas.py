@@ -12,7 +12,8 @@ from subprocess import DEVNULL, PIPE, Popen
 SECONDS = 5  # for one comparison
 WORKERS = {}  # by process id: a forked process must not share its parent's pipes
 WORKER_LOCK = threading.Lock()
-CLOSE = 1e-12  # relative to their size, two numbers are equal: in 0.1 and \frac{1}{10}
+CLOSE = 1e-12  # relative to their size, a decimal and another number are equal
+SURELY = 1e-45  # likewise two numbers without a decimal, to 60 digits
 
 # Too much for math-verify: to it 9 = 8 is 8, 52_9 is 52_8, and a word is any anagram.
 SIGNS = re.compile(r"(=|\\(?:in|equiv|approx)\b|%)|_[ {]*(\w*)")
@@ -75,8 +76,8 @@ def main():
 
 
 def equal(answer, gold):
-    """Of two sympy expressions. What math-verify would round, it does not get to see: to it, all
-    numbers below 10^-12 are equal, and so are equations of which one side is."""
+    """Of two sympy expressions. Numbers and equations are compared here: math-verify rounds, and to
+    it all numbers below 10^-12 are the same."""
     import sympy
     from math_verify import verify
 
@@ -94,16 +95,38 @@ def equal(answer, gold):
             rest.pop(found[0])
         return True
     if getattr(answer, "is_number", False) and getattr(gold, "is_number", False):
-        difference = abs(sympy.N(answer - gold, 50))
-        size = max(abs(sympy.N(answer, 50)), abs(sympy.N(gold, 50)))
-        return bool(difference <= CLOSE * size) or bool(sympy.simplify(answer - gold) == 0)
+        return equal_numbers(answer, gold)
     if isinstance(answer, sympy.Equality) and isinstance(gold, sympy.Equality):
+        if is_solved(gold) and not is_solved(answer):
+            return False  # 2x + 3 = 13 is the question, and x = 5 was asked for
         try:
             ratio = sympy.simplify((answer.lhs - answer.rhs) / (gold.lhs - gold.rhs))
         except TypeError:  # x = (2, 3) is parsed as an equation
             return verify(gold, answer, timeout_seconds=None)
         return bool(ratio.is_number and ratio.is_finite and ratio != 0)
     return verify(gold, answer, float_rounding=12, numeric_precision=100, timeout_seconds=None)
+
+
+def equal_numbers(answer, gold):
+    """Of two sympy numbers: rationals exactly, others to many digits."""
+    import sympy
+
+    difference = sympy.N(answer - gold, 60)
+    if not (difference.is_finite and answer.is_finite and gold.is_finite):
+        return bool(answer == gold) and answer is not sympy.nan
+    if answer.is_Rational and gold.is_Rational:
+        return bool(answer == gold)
+    size = max(abs(sympy.N(answer, 60)), abs(sympy.N(gold, 60)))
+    has_decimal = answer.has(sympy.Float) or gold.has(sympy.Float)
+    if abs(difference) <= (CLOSE if has_decimal else SURELY) * size:
+        return True
+    return bool(sympy.simplify(answer - gold) == 0)
+
+
+def is_solved(equation):
+    """`x = 5` or `5 = x`."""
+    left, right = equation.lhs, equation.rhs
+    return (left.is_Symbol and right.is_number) or (right.is_Symbol and left.is_number)
 
 
 if __name__ == "__main__":

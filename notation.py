@@ -12,24 +12,34 @@ DASHES_AND_QUOTES = str.maketrans("−–’‘“”", "--''\"\"")
 # inside an answer and without a meaning, like the \! in 10,\!080 or the $ around a formula
 DECORATION = re.compile(r",\\! *|\\?\$|\\[()\[\]!,;]|\\(?=%)|\{,}|\\(?:left|right)(?![a-z])")
 # the content says it all, like \boxed{8}; several of them may stand in each other
+INSIDE = r"((?:[^{}]|{(?:[^{}]|{(?:[^{}]|{[^{}]*})*})*})*)"  # with the braces in it closed
 WRAPPING = re.compile(
-    r"^\\(?:boxed|fbox|mbox|text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit) ?{(.*)}$"
+    r"^\\(?:boxed|fbox|mbox|text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|boldsymbol|emph)"
+    rf" ?{{{INSIDE}}}$"
 )
+DOLLARS = re.compile(r"^\\?\$ ?(?=[\d.])")  # a lone one before a number, and no pair around it
+QUOTED = re.compile(r"""^(["'`])([^"'`]*)\1$""")
 DEGREES = re.compile(r"\^ ?(?:\\circ|{ ?\\circ ?})|°")
 
 
 def plain(text):
     """The text in lower case, without what some models put around an answer."""
-    text = DECORATION.sub("", text.casefold().translate(DASHES_AND_QUOTES))
-    text = text.replace(r"\cfrac", r"\frac")
+    text = text.casefold().translate(DASHES_AND_QUOTES).strip(" *")
+    if text.count("$") == 1:
+        text = DOLLARS.sub("¤", text)  # which SIGN_BEFORE knows
+    text = DECORATION.sub("", text).replace(r"\cfrac", r"\frac")
     for _ in range(4):  # as in **\boxed{\text{(B)}}.**
-        text = WRAPPING.sub(r"\1", text.strip(" *`\"'").removesuffix(".").rstrip())
+        text = QUOTED.sub(r"\2", text.strip(" *").removesuffix(".").rstrip())
+        text = WRAPPING.sub(r"\1", text)
     return text
 
 
 GREEK = "alpha beta gamma delta epsilon theta lambda mu pi sigma phi omega"
-LETTERS = "|".join(rf"\\{name}" for name in GREEK.split() if name != "pi")
-VARIABLE = re.compile(rf"^([a-z]|{LETTERS}) ?(?:=|\\in\b)(?! ?\(?[a-z]?\)?$) ?")
+LETTERS = "|".join(name for name in GREEK.split() if name != "pi")
+# `x = `, `x_1 = `, `x \in `; not where a letter alone follows, as in `A = (B)`: an option
+VARIABLE = re.compile(
+    rf"^((?:[a-z]|[α-ω]|\\?(?:{LETTERS}))(?:_{{?\d}}?)?) ?(?:=|\\in\b)(?! ?\(?[a-z]?\)?$) ?"
+)
 
 
 def without_variable(answer, gold):
@@ -37,6 +47,8 @@ def without_variable(answer, gold):
     says something: in `x = 5` beside `y = 5`, in `A = (B)`, in an equation beside another."""
     of_answer = VARIABLE.match(answer)
     of_gold = VARIABLE.match(gold)
+    if max(answer.count("="), gold.count("=")) > 1:  # a = 1, b = 2
+        return answer, gold
     if of_answer and of_gold and of_answer[1] != of_gold[1]:
         return answer, gold
     if of_answer and (of_gold or "=" not in gold):
@@ -67,6 +79,8 @@ def number(text):
     if not match:
         return None
     sign, digits, denominator, exponent, power_of_ten = match.groups()
+    if denominator and " " in digits:  # 1 123/125 is a mixed number
+        return None
     value = Fraction(sign + re.sub("[, ]", "", digits)) / int(denominator or 1)
     return value * Fraction(10) ** int(exponent or power_of_ten or 0)
 
@@ -95,7 +109,7 @@ def numbers(text):
 # a line for each unit, its first word for all of them
 UNITS = """
 unit units
-dollar dollars usd
+dollar dollars usd ¤
 cent cents ¢
 euro euros €
 pound pounds £
@@ -121,23 +135,32 @@ month months
 year years
 degree degrees
 radian radians
+pound-weight lb lbs
 mph
 """
 UNITS = {word: line.split()[0] for line in UNITS.strip().splitlines() for word in line.split()}
 UNITS |= {"square": "square", "sq": "square", "cubic": "cubic", "per": "per"}
 # what follows a number and makes another one of it, or another thing: it must be in both
-CHANGING = "percent am pm dozen hundred thousand million billion trillion half or and not no minus"
-CHANGING = CHANGING.split()
+CHANGING = """
+percent am pm dozen hundred thousand million billion trillion hundreds thousands millions billions
+tenth tenths hundredth hundredths thousandth thousandths half halves third thirds quarter quarters
+lakh crore bn ppm pct squared cubed factorial times plus minus or and not no false
+""".split()
 UNIT_AS_TEXT = re.compile(r"\\(?:text|mbox|mathrm|textrm|textnormal|mathit) ?{ ?([a-z. ]+) ?}")
+DIGIT_BEFORE_UNIT = re.compile(r"^(-?[\d.,]*\d)([a-z]{2,})$")  # 5kg
 POWER = re.compile(r"([a-z]+) ?(?:\^ ?{? ?([23]) ?}?|([²³]))$")
-SIGN_BEFORE = re.compile(r"^([€£]) ?(.+)$")
+FUNCTION = re.compile(r"(?<![a-z])(?:sin|cos|tan|cot|sec|csc)")  # of an angle
+SIGN_BEFORE = re.compile(r"^([€£¤]) ?(.+)$")
 
 
 def split_unit(text):
     r"""(`18`, [`dollar`, `per`, `day`]) of `18 dollars per day`; (`8`, [`square`, `cm`]) of
     `8\text{ cm}^2`; the unit is [] where there is none."""
-    text = DEGREES.sub(" degree", text) if DEGREES.search(text[-8:]) else text
-    text = SIGN_BEFORE.sub(r"\2 \1", text.replace("%", " percent"))
+    if DEGREES.search(text[-8:]) and not FUNCTION.search(text):
+        text = DEGREES.sub(" degree", text)
+    text = re.sub(r"\bper ?cent\b|%", " percent", text)
+    text = SIGN_BEFORE.sub(r"\2 \1", text)
+    text = DIGIT_BEFORE_UNIT.sub(r"\1 \2", text)
     text = re.sub("(?<=[a-z]) ?/ ?(?=[a-z]{2})", " per ", text)
     marked = UNIT_AS_TEXT.search(text)
     text = UNIT_AS_TEXT.sub(r" \1 ", text).strip()
@@ -152,16 +175,26 @@ def split_unit(text):
         known = word in UNITS or word in CHANGING or (marked and word.isalpha() and len(word) > 1)
         if not known:
             break
+        if (
+            len(word) == 1
+            and word.isalpha()
+            and not marked
+            and number(" ".join(words[:-1])) is None
+        ):
+            break  # a variable: \pi r^2 h
         unit.insert(0, UNITS.get(word, word))
         words.pop()
     return (" ".join(words), unit) if unit else (text, [])
 
 
 def units_agree(of_answer, of_gold):
-    """One of them may be left out if it changes no value; two units must be the same."""
+    """Two units must be the same. The answer may leave one out that changes no value, and may have
+    one that the gold has not, of those in the tables: 5 \\text{ myriads} is not 5."""
     if of_answer and of_gold:
         return of_answer == of_gold
-    return not any(word in CHANGING for word in of_answer + of_gold)
+    if any(word in CHANGING for word in of_answer + of_gold):
+        return False
+    return all(word in UNITS.values() for word in of_answer)
 
 
 # -------------------------------------------------------------------------------------- formulas
@@ -209,6 +242,8 @@ def is_formula(text):
     if re.search(r"[\\^]|_[0-9{]", as_latex(text)):
         return True
     letters = re.findall("[a-z]+", text)
+    if not re.search(r"\d", text) and not re.search(r"[-+*/=<>|!]", text):
+        return False  # a list of letters or names: T, F, T
     if any(len(word) > 2 or word in WORDS for word in letters):
         return False
     if re.search(r"[^-\w\s+*/=<>(),.|!]", text):  # a colon, a bracket of another kind

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from formulas import same_formula
 from notation import (
     CHANGING,
+    DEGREES,
     as_latex,
     is_formula,
     number,
@@ -172,11 +173,27 @@ def is_correct(answer, gold, question=""):
     gold, wanted_unit = split_unit(gold)
     if not units_agree(unit, wanted_unit):
         return False
-    if numbers(gold) and numbers(gold) == numbers(answer):  # also if 121,242 is one number, too
-        return True
-    if number(gold) is not None:
+    if number(answer) is not None and number(gold) is not None:
         return number(answer) == number(gold)
-    return is_formula(gold) and same_formula(as_latex(answer), as_latex(gold))
+    if numbers(gold) and number(answer) is None and numbers(gold) == numbers(answer):
+        return True
+    if number(gold) is not None or not is_formula(gold):
+        return False
+    return same_equations(answer, gold)
+
+
+def same_equations(answer, gold):
+    """Of formulas, and of several equations in a row, each of which has its place: a = 1, b = 2."""
+    if len(DEGREES.findall(answer)) != len(DEGREES.findall(gold)):  # cos 20 is not cos 20°
+        return False
+    parts = gold.split(",") if gold.count("=") > 1 else [gold]
+    of_answer = answer.split(",") if len(parts) > 1 else [answer]
+    if len(parts) != len(of_answer):
+        return False
+    for one, wanted in zip(of_answer, parts):
+        if not same_formula(as_latex(one.strip()), as_latex(wanted.strip())):
+            return False
+    return True
 
 
 def one_line(text):

@@ -203,6 +203,9 @@ def test_choices(tmp_path, gold):
         ({"A": "w", "B": "x", "C": "y", "answer": 3}, "\n(A) w\n(B) x\n(C) y", "(C)"),  # K-MMLU
         ({"A": "w", "B": "x", "answer": "A"}, "\n(A) w\n(B) x", "(A)"),
         ({"A": "an article", "answer": "A"}, "", "A"),  # no options
+        ({"A": "w", "B": "x", "C": None, "answer": "A"}, "\n(A) w\n(B) x", "(A)"),
+        ({"option_a": "w", "option_b": "x", "answer": "B"}, "\n(A) w\n(B) x", "(B)"),
+        ({"option1": "w", "option2": "x", "answer": "2"}, "\n(A) w\n(B) x", "(B)"),
     ],
 )
 def test_options_wherever_they_are(tmp_path, record, shown, answer):

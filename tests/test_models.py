@@ -1,5 +1,7 @@
 """Models of many kinds: each is sampled rightly, or refused in one line before anything long."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import ROOT
@@ -184,3 +186,17 @@ def test_a_template_that_writes_the_date_is_tomorrow_the_same_agent(monkeypatch)
     assert agent.fingerprint(messages) == before
     tokenizer.chat_template = TURNS
     assert agent.fingerprint(messages) != before
+
+
+@pytest.mark.parametrize(
+    "rope, room",
+    [
+        ({"rope_type": "default"}, 128),
+        ({"rope_type": "dynamic", "factor": 4.0}, 128),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 32}, 32),
+    ],
+)
+def test_positions_that_change_with_the_length_of_a_text_limit_it(rope, room):
+    """A cache holds keys that were turned by the positions of a shorter text."""
+    config = SimpleNamespace(max_position_embeddings=128, rope_parameters=rope)
+    assert agents.room_of(SimpleNamespace(model=SimpleNamespace(config=config))) == room

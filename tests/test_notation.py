@@ -179,6 +179,61 @@ OTHER = {
     ],
 }
 
+SAME |= {
+    "infinity": [("∞", r"\infty"), ("-∞", r"-\infty")],
+    "wrappers in a formula": [(r"\mathbf{b}+\mathbf{a}", r"\mathbf{a}+\mathbf{b}")],
+    "units, again": [("5kg", "5 kg"), ("5 lbs", "5 lb"), (r"\$5", "5 dollars"), ("5", r"\$5")],
+    "variables, again": [("θ = 5", "5"), ("theta = 5", "5"), ("x_1 = 5", "5"), ("x=5", "5=x")],
+    "per cent": [("50 per cent", r"50\%")],
+    "letters that are variables": [(r"\frac{1}{2} m v", r"\frac{1}{2}v m")],
+}
+OTHER |= {
+    "infinity": [
+        ("∞", r"2\pi"),
+        (r"\infty", r"\frac{3\pi}{4}"),
+        ("1/0", r"\sqrt{2}"),
+        (r"1, \infty", r"1, \pi"),
+        ("5", r"\infty"),
+        ("-∞", r"\infty"),
+    ],
+    "large and near": [
+        ("2^{64}", "2^{64}-1"),
+        ("10^{20}+1", "10^{20}"),
+        ("1", r"1-\frac{1}{2^{99}}"),
+        (r"1-\frac{1}{2^{99}}", r"1-\frac{1}{2^{98}}"),
+    ],
+    "the question said again": [("2x+3=13", "x=5"), ("x+3=8", "x=5"), ("2x=10", "x=5")],
+    "variables that look like units": [
+        (r"\pi r^2", r"\pi r^2 h"),
+        ("n^2+1", "n^2+1 m"),
+        ("2^n m", "2^n"),
+    ],
+    "words that change a number": [
+        (r"5\text{ thousandths}", "5"),
+        (r"5\text{ lakh}", "5"),
+        (r"5\text{ plus one}", "5"),
+        (r"5\text{ is wrong}", "5"),
+        ("50 per cent", "50"),
+    ],
+    "dollars": [("$5", "€5"), ("$5", "5 euros"), ("$5", "5 cents"), (r"\$5", "£5")],
+    "one number and several": [
+        ("242,121", "121,242"),
+        ("456,123", "123,456"),
+        ("2,100", "100, 2"),
+        ("100,200,300", "300,200,100"),
+        ("1 123/125", "1123/125"),
+        ("1123/125", "1 123/125"),
+    ],
+    "letters and names in a row": [
+        ("B, A", "A, B"),
+        ("T, F, T", "T, T, F"),
+        ("Al, Bo", "Bo, Al"),
+        ("a=2, b=1", "a=1, b=2"),
+    ],
+    "primes and feet": [("A'", "A"), ("A", "A'"), ("f'(x)", "f(x)"), ("5'", '5"')],
+    "degrees in a formula": [(r"\cos(20)", r"\cos 20^\circ")],
+}
+
 
 def pairs(of_kinds):
     return [(kind, *pair) for kind, of_kind in of_kinds.items() for pair in of_kind]
