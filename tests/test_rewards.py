@@ -103,6 +103,8 @@ AGENTS = [
     ("", None),
     # a label instead of a sentence
     ("**Answer:** B", "B"),
+    ("The answer is Mt. Everest. It is high.", "Mt. Everest"),
+    ("The answer is the U.S. Army. It is large.", "the U.S. Army"),
     ("Answer: B", "B"),
     ("Final answer: 18", "18"),
     ("**Final Answer**: No.", "No"),
