@@ -1,7 +1,7 @@
 r"""How people write the same answer: tables, and what reads them. `rewards.is_correct` compares.
 
-What stands here changes no value: `\dfrac12` is `1/2`, `€5` is `5 euros`, `√5` is `\sqrt{5}`. New
-spellings go into the tables."""
+`\dfrac12` is `1/2`, `€5` is `5 euros`, `√5` is `\sqrt{5}`. New spellings go into the tables; units
+are split off here, and what they mean for an answer stands in `units_agree`."""
 
 import re
 from fractions import Fraction
