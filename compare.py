@@ -51,27 +51,22 @@ def comparisons(results, bits="correct"):
     pairs = []
     if team:
         rows["best single agent"] = max(team, key=lambda row: row["accuracy"])
-        untrained = label_of("", "untrained", team=True, rounds=1)
-        for other in (untrained, majority, "best single agent"):
+        for stage in ("untrained", "sft"):
+            pairs.append((ours, label_of("", stage, team=True, rounds=1)))
+        for other in (majority, "best single agent", "any agent right"):
             pairs.append((ours, other))
     ours_alone = label_of("", last_stage, team=False, rounds=1)
-    pairs.append((ours_alone, label_of("", "untrained", team=False, rounds=1)))
+    for stage in ("untrained", "sft"):
+        pairs.append((ours_alone, label_of("", stage, team=False, rounds=1)))
     found = {}
     for label, other in pairs:
-        if label != other:  # the same if there was no training
+        if label != other and other in rows:  # not all phases are in every run
             differences = []
             of_row = rows[label].get(bits, rows[label]["correct"])  # older results have one of them
             of_other = rows[other].get(bits, rows[other]["correct"])
             for right, other_right in zip(of_row, of_other):
                 differences.append(int(right) - int(other_right))
             found[f"{label} - {other}"] = paired_gain(differences)
-    if team:
-        # in points, and as if it were known exactly
-        gap = 100 * (rows["any agent right"]["accuracy"] - rows[majority]["accuracy"])
-        if gap:
-            gain = found[f"{ours} - {majority}"]
-            closed = Gain(100 * gain.points / gap, 100 * gain.half / gap)
-            found["% of the way from the majority to any agent right"] = closed
     return found
 
 
@@ -246,7 +241,7 @@ def print_rows(results_of_runs):
         "prompt",
         "output",
     ]
-    heads += [task.split("_")[0][:7] for task in tasks]
+    heads += [short_name(task, tasks)[:7] for task in tasks]
     line = LINE + TASK * len(tasks)
     print(line.format(*heads))
     lines = {}  # what a line is about -> its row in each run
@@ -255,6 +250,17 @@ def print_rows(results_of_runs):
             lines.setdefault((row["label"], row["name"]), []).append(row)
     for (label, _), rows in lines.items():
         print(line.format(label[-27:], *cells_of(rows, tasks)))
+
+
+def short_name(task, tasks):
+    """The first of its words that no other task has: `three` of `tracking_three_objects`."""
+    others = set()
+    for other in tasks:
+        if other != task:
+            others.update(other.split("_"))
+    words = task.split("_")
+    own = [word for word in words if word not in others]
+    return own[0] if own else words[0]
 
 
 def cells_of(rows, tasks):

@@ -4,13 +4,13 @@
     python evaluate.py runs/mlpo --dataset my.jsonl --rounds 3  # on other questions
     python evaluate.py runs/seed5 runs/seed6 runs/seed7         # mean and spread over runs
     python evaluate.py runs/mlpo runs/grpo                      # A and B, and the gains of B over A
-    python evaluate.py runs/mlpo --ask "not ( True ) and ( True ) is"
+    python evaluate.py runs/mlpo --ask "I have a dog and two plums. How many fruits do I have?"
 
 Read `measure` first: it is the procedure. Comparisons are paired: all runs get the same questions,
-none of them from training, and the agents' first responses are sampled once, for the vote, the
-ceiling and every leader. T rounds with K agents are (K+1)T generations: a vote gets as many, where
-that is as often for each agent. Gains and tables are in compare.py,
-what is drawn and written of a run in report.py.
+none of them from training, and the agents' first responses are sampled once, for the votes and
+every leader. T rounds with K agents are (K+1)T generations: a vote gets as many, where that is as
+often for each agent. Gains and tables are in compare.py, what is drawn and written of a run in
+report.py.
 """
 
 import argparse
@@ -108,7 +108,6 @@ def measure(run, **options):
         texts[row["label"]] = row.pop("texts")
     report.write_transcripts(results, tasks, texts, run / f"transcripts{suffix}.md")
     report.plot_results(results, run / f"results{suffix}.png")
-    report.plot_curves(runs.read_jsonl(run / "metrics.jsonl"), run / "curves.png")
     runs.write_json(path, results)  # last: where it is, the others are
     return results
 
@@ -139,7 +138,7 @@ def measure_rows(run, config, stages, tasks, leader, team):
 
 
 def team_rows(tasks, team, first, rounds, settings):
-    """Rows without a leader: each agent, the votes, and the ceiling: is any agent right?
+    """Rows without a leader: each agent, the votes, and the best of picking: is any agent right?
     first: per question K Completions, one of each agent."""
     rows = []
     for k, agent in enumerate(team):
@@ -253,7 +252,13 @@ def read_run(run, **options):
 def with_later_arguments(config):
     """With the arguments that runs of older versions lack, as these runs behaved."""
     sft_alone = max(0.5, config.get("team_dropout", 0.33))
-    return {"plain": False, "sft_alone": sft_alone, **config}
+    earlier = {
+        "plain": False,
+        "sft_alone": sft_alone,
+        "sft_questions": config.get("questions", 1000),
+    }
+    earlier["random_order"] = config.get("random_team", False)
+    return {**earlier, **config}
 
 
 def device_here(run, config):

@@ -74,7 +74,7 @@ def plot_results(results, path):
         places.append(place)
         labels.append(row["label"])
         if row["who"] == "any_right":
-            plot_ceiling(axis, place, row)
+            plot_best_pick(axis, place, row)
         else:
             plot_bar(axis, place, row)
     axis.set_yticks(places, labels)
@@ -88,11 +88,15 @@ def plot_results(results, path):
     save_figure(figure, path)
 
 
-def plot_ceiling(axis, place, row):
-    """The share of questions to which any agent's response is right: a selector's best."""
+def plot_best_pick(axis, place, row):
+    """The share of questions to which any agent's response is right: the most that whoever only
+    picks a response can have."""
     share = 100 * row["accuracy"]
     axis.axvline(share, color="black", linestyle="--")
-    axis.text(share - 1, place, f"ceiling: {share:.0f}", ha="right", va="center")
+    left = share > 50
+    where = share - 1 if left else share + 1
+    text = f"the best that picking can do: {share:.0f}"
+    axis.text(where, place, text, ha="right" if left else "left", va="center")
 
 
 def plot_bar(axis, place, row):

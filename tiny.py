@@ -1,21 +1,41 @@
 """The built-in laboratory: puzzles without end, in splits that do not overlap.
 
-They are worded like five subtasks of BIG-Bench Hard, so that a model trained here can be tested on
-the official files. Beside the right solution come those of solvers who hold a plausible
-*misconception* ("ignores not"). tiny_models/make.py trains four small models on them.
-A puzzle is (question, {solver: (worked solution, answer)}); "right" is always a solver.
+They are worded like four subtasks of BIG-Bench Hard, so that a model trained here can be tested on
+the official files. Each task has three *misconceptions* that a person could hold ("counts a group
+as one"). Each spoils one kind of step; most puzzles need all three kinds, so that whoever holds one
+misconception is wrong, and yet does most steps right. tiny_models/make.py trains a leader and three
+agents on these puzzles.
+
+A puzzle is (question, solve): `solve(held)` gives the worked solution and the answer of somebody
+who holds these misconceptions, as (steps, answer); `solve([])` is right.
 
 The wording of the questions is that of BIG-Bench Hard, github.com/suzgunmirac/BIG-Bench-Hard:
 MIT License, Copyright (c) 2022 suzgunmirac (the whole notice: tiny_models/LICENSE-BIG-BENCH-HARD).
 """
 
 import hashlib
-import itertools
 import random
-import re
 from pathlib import Path
 
-# ---------------------------------------------------------------------------------- the puzzles
+# the k-th of each task is that of the built-in agent k
+MISCONCEPTIONS = {
+    "object_counting": ["counts a group as one", "counts every kind", "leaves out the last item"],
+    "dyck_languages": [
+        "closes in the order of opening",
+        "forgets all but the last two",
+        "closes [ with }",
+    ],
+    "tracking_shuffled_objects_three_objects": [
+        "takes the first swap for the start",
+        "lets one give and not take after Then",
+        "stops before the last swap",
+    ],
+}
+MISCONCEPTIONS["tracking_shuffled_objects_five_objects"] = MISCONCEPTIONS[
+    "tracking_shuffled_objects_three_objects"
+]
+
+# ------------------------------------------------------------------------------ object_counting
 
 KINDS = {
     "fruit": "apple banana blackberry grape nectarine orange peach plum raspberry strawberry",
@@ -27,82 +47,6 @@ KINDS = {
 }
 PLURALS = {"mouse": "mice", "fish": "fish", "rry": "rries", "ch": "ches", "to": "toes"}  # by ending
 PLURALS |= {"head_of_broccoli": "heads_of_broccoli", "stalk_of_celery": "stalks_of_celery", "": "s"}
-NAMES = """Alejandro Alexis Amberly Andree Antwan Audrie Bernita Christie Conception Crista Dallas
-Delbert Delfina Elanor Fidel Fletcher Gwenn Helene Inga Jamey Jaymie Jerry Jim Ka Kandi Kristian
-Leda Lorine Maybelle Michael Michaela Millicent Millie Osvaldo Phoebe Rashida Raymond Ryan Sal
-Shalonda Shaunda Shenna Sherrie Sima Tamika Teressa Vernell Vina Willian Yoland""".split()
-BRACKETS = {"(": ")", "[": "]", "{": "}", "<": ">"}
-
-
-def boolean_expressions(rng):
-    """`not ( True ) and ( True ) is`: rewritten, a kind of step at a time, until a word is left."""
-    rules = [  # the kinds of step: what, and how often at a time (0: wherever it stands)
-        (r"not (True|False)|\( (True|False) \)", 0),
-        (r"(True|False) and (True|False)", 1),
-        (r"(?<!and )(True|False) or (True|False)(?! and)", 1),
-    ]
-
-    def expression(n):
-        if n == 1:
-            return rng.choice(["True", "False"])
-        form = rng.random()
-        if n == 2 or form < 0.3:
-            return f"not {expression(n - 1)}"
-        if form < 0.47:
-            return f"( {expression(n - 2)} )"
-        left = rng.randint(1, n - 2)
-        return f"{expression(left)} {rng.choice(['and', 'or'])} {expression(n - 1 - left)}"
-
-    def solve(text):
-        steps = []
-        while " " in text:
-            pattern, times = next(rule for rule in rules if re.search(rule[0], text))
-            text = re.sub(pattern, lambda piece: str(eval(piece[0])), text, count=times)
-            steps.append(text)
-        return " = ".join(steps), text
-
-    question = expression(rng.choice([7, 8, 8, 9, 10]))  # 8 words in BBH, all of them
-    swapped = question.replace("and", "AND").replace("or", "and").replace("AND", "or")
-    wrong = {"ignores not": solve(question.replace("not ", "")), "mixes up and/or": solve(swapped)}
-    return f"{question} is", {"right": solve(question), **wrong}
-
-
-def navigate(rng):
-    """Do the steps lead back to the start? The position after every instruction: east, north."""
-    wanted = rng.choices(["Yes", "No"], [44, 56])[0]  # as in BBH; by chance few walks lead back
-    tempting = wanted == "No" and rng.random() < 0.5  # lead back if only the moves are counted
-    ahead = rng.random() < 0.5  # always facing north, or with turns
-    points = ["north", "east", "south", "west"]
-    quarters = {"": 0, "forward": 0, "right": 1, "around": 2, "backward": 2, "left": 3}  # clockwise
-
-    def instruction():  # (word, steps): a turn has no steps
-        if not ahead and rng.random() >= 0.6:
-            return rng.choice(["right", "around", "left"]), 0
-        side = rng.choice(["forward", "right", "backward", "left"]) if ahead else ""
-        return side, rng.randint(1, 10)
-
-    def solve(turning=True, cap=10):
-        x = y = facing = 0
-        steps = []
-        for word, n in moves:
-            way = (facing + turning * quarters[word]) % 4
-            x += min(n, cap) * (0, 1, 0, -1)[way]
-            y += min(n, cap) * (1, 0, -1, 0)[way]
-            steps.append(f"{points[way]} {n} : {x} {y}" if n else f"turn {points[way]}")
-            facing = facing if n else way
-        return " , ".join(steps) + " .", "Yes" if x == y == 0 else "No"
-
-    while True:
-        moves = [instruction() for _ in range(rng.randint(2 if ahead else 3, 8))]
-        if sum(n > 0 for _, n in moves) > 1 and solve()[1] == wanted:
-            if not tempting or solve(cap=1)[1] == "Yes":
-                break
-    say = ["Always face forward."] * ahead
-    for word, n in moves:
-        say.append(f"Take {n} step{'s' * (n > 1)} {word}".strip() + "." if n else f"Turn {word}.")
-    head = "If you follow these instructions, do you return to the starting point?"
-    wrong = {"never turns": solve(turning=False), "counts moves, not steps": solve(cap=1)}
-    return f"{head} {' '.join(say)}\nOptions:\n- Yes\n- No", {"right": solve(), **wrong}
 
 
 def object_counting(rng):
@@ -117,72 +61,185 @@ def object_counting(rng):
     items = []  # (noun, how many, as it is written)
     for noun in nouns:
         n = rng.choice([1, 1, 1, 1, 1, 1, 2, 2, 3, 4, 5])
-        article = "an" if noun[0] in "aeiou" else "a"
-        number = [article, "two", "three", "four", "five"][n - 1]
-        ending = next(ending for ending in PLURALS if noun.endswith(ending))
-        written = noun if n == 1 else noun.removesuffix(ending) + PLURALS[ending]
-        items.append((noun, n, f"{number} {written}".replace("_", " ")))
+        items.append((noun, n, written(noun, n)))
 
-    def solve(counted, cap=5):
-        total, steps = 0, []
+    def solve(held):
+        total = 0
+        steps = []
         for noun, n, text in items:
-            total += min(n, cap) * (noun in counted)
-            steps.append(f"{text} {total if noun in counted else 'no'}")
+            counts = noun in asked or "counts every kind" in held
+            if text == items[-1][2] and "leaves out the last item" in held:
+                counts = False
+            if counts:
+                total += 1 if "counts a group as one" in held else n
+            steps.append(f"{text} {total if counts else 'no'}")
         return " , ".join(steps) + " .", str(total)
 
     *listed, last = [text for _, _, text in items]
-    wrong = {"counts every kind": solve(nouns), "counts lines, not quantities": solve(asked, cap=1)}
-    question = f"I have {', '.join(listed)}, and {last}. How many {kind}s do I have?"
-    return question, {"right": solve(asked), **wrong}
+    return f"I have {', '.join(listed)}, and {last}. How many {kind}s do I have?", solve
 
 
-def web_of_lies(rng):
-    """`Vernell says Sherrie lies.` ... does the last one tell the truth? One person at a time."""
-    people = rng.sample(NAMES, rng.choice([4, 5, 5, 5, 6]))
-    claims = [rng.random() < 0.5 for _ in people]  # what each is said to be
-    words = ["lies", "tells the truth"]
-    say = [f"Question: {people[0]} {words[claims[0]]}."]
-    say += [f"{b} says {a} {words[claim]}." for a, b, claim in zip(people, people[1:], claims[1:])]
+def written(noun, n):
+    """`three heads of broccoli`"""
+    article = "an" if noun[0] in "aeiou" else "a"
+    number = [article, "two", "three", "four", "five"][n - 1]
+    if n > 1:
+        ending = next(ending for ending in PLURALS if noun.endswith(ending))
+        noun = noun.removesuffix(ending) + PLURALS[ending]
+    return f"{number} {noun}".replace("_", " ")
 
-    def solve(honest):
-        steps = [f"{person} {words[truth]}" for person, truth in zip(people, honest)]
-        return " . ".join(steps) + " .", "Yes" if honest[-1] else "No"
 
-    right = list(itertools.accumulate(claims, lambda honest, claim: honest == claim))
-    wary = list(itertools.accumulate(claims, lambda honest, claim: honest and claim))
-    wrong = {"takes accusers for liars": solve(claims), "trusts nobody after a liar": solve(wary)}
-    return f"{' '.join(say)} Does {people[-1]} tell the truth?", {"right": solve(right), **wrong}
+# ------------------------------------------------------------------------------- dyck_languages
+
+BRACKETS = {"(": ")", "[": "]", "{": "}", "<": ">"}
 
 
 def dyck_languages(rng):
-    """`< [ [` -> `] ] >`: the brackets still open, then their partners in reverse."""
-    length, still_open = rng.randint(2, 30), rng.choice([1, 1, 1, 2, 2, 2, 3, 3, 4])
-    shown, stack = [], []
+    """`< [ [` -> `] ] >`: the brackets still open, then each with its partner, the last first."""
+    length = rng.randint(2, rng.choice([10, 30]))  # as in BBH: half of them are short
+    still_open = rng.choice([1, 2, 2, 3, 3, 3])
+    shown = []
+    stack = []
     while len(shown) < length or len(stack) != still_open:
         if stack and (rng.random() < 0.5 or len(stack) > 6):
             shown.append(BRACKETS[stack.pop()])
         else:
             stack.append(rng.choice(list(BRACKETS)))
             shown.append(stack[-1])
-    opened = " ".join(stack) + " ."
 
-    def closing(brackets):
-        return " ".join(BRACKETS[bracket] for bracket in brackets)
+    def solve(held):
+        opened = stack[-2:] if "forgets all but the last two" in held else stack
+        order = opened if "closes in the order of opening" in held else opened[::-1]
+        partners = dict(BRACKETS)
+        if "closes [ with }" in held:
+            partners["["] = "}"
+        pairs = [f"{bracket} {partners[bracket]}" for bracket in order]
+        steps = f"{' '.join(opened)} : {' , '.join(pairs)} ."
+        return steps, " ".join(partners[bracket] for bracket in order)
 
     head = "Complete the rest of the sequence, making sure that the parentheses are closed properly"
-    return f"{head}. Input: {' '.join(shown)}", {
-        "right": (opened, closing(reversed(stack))),
-        "closes in the order of opening": (opened, closing(stack)),
-        "closes only the last bracket": (f"{stack[-1]} .", closing(stack[-1:])),
-    }
+    return f"{head}. Input: {' '.join(shown)}", solve
 
 
-PUZZLES = boolean_expressions, navigate, object_counting, web_of_lies, dyck_languages
+# -------------------------------------------------------------------- tracking_shuffled_objects
+
+PLAYERS = ["Alice", "Bob", "Claire", "Dave", "Eve"]
+# who they are, the start, who gets what, the trades, one swap, the question; and the objects
+STORIES = [
+    (
+        "are friends and avid readers who occasionally trade books.",
+        "At the start of the semester, they each buy one new book:",
+        "{} gets {}",
+        "As the semester proceeds, they start trading around the new books.",
+        "{} and {} swap books.",
+        "At the end of the semester, {} has",
+        "Ulysses, Frankenstein, Lolita, Hound of the Baskervilles, The Odyssey, Catch-22,"
+        " Moby Dick, The Great Gatsby, The Fellowship of the Ring, The Pearl",
+    ),
+    (
+        "are dancers at a square dance.",
+        "At the start of a song, they each have a partner:",
+        "{} is dancing with {}",
+        "Throughout the song, the dancers often trade partners.",
+        "{} and {} switch partners.",
+        "At the end of the dance, {} is dancing with",
+        "Helga, Lola, Ophelia, Izzi, Melissa, Karl, Rodrigo, Jamie, Patrick, Sam",
+    ),
+    (
+        "are playing a game.",
+        "At the start of the game, they are each holding a ball:",
+        "{} has a {}",
+        "As the game progresses, pairs of players trade balls.",
+        "{} and {} swap balls.",
+        "At the end of the game, {} has the",
+        "brown ball, red ball, white ball, yellow ball, green ball, orange ball, blue ball,"
+        " purple ball, pink ball, black ball",
+    ),
+    (
+        "are holding a white elephant gift exchange.",
+        "At the start of the event, they are each holding a present of a different color:",
+        "{} has a {}",
+        "As the event progresses, pairs of people swap gifts.",
+        "{} and {} swap their gifts.",
+        "At the end of the event, {} has the",
+        "red present, black ball, white present, orange ball, purple present, pink ball,"
+        " blue present, yellow present, green present, brown present",
+    ),
+    (
+        "are on the same team in a soccer match.",
+        "At the start of the match, they are each assigned to a position:",
+        "{} is playing {}",
+        "As the game progresses, pairs of players occasionally swap positions.",
+        "{} and {} trade positions.",
+        "At the end of the match, {} is playing",
+        "goalkeeper, left winger, center midfielder, cheerleader, right winger, benchwarmer,"
+        " right midfielder, striker, fullback, left midfielder",
+    ),
+]
+
+
+def tracking_shuffled_objects(rng, n):
+    """Who has what after n swaps? The options' letters, as the n players hold them after each."""
+    people, start, holding, trades, swap, end, objects = rng.choice(STORIES)
+    players = PLAYERS[:n]
+    things = rng.sample(objects.split(", "), n)
+    swaps = [rng.sample(players, 2) for _ in players]
+    asked = rng.choice(players)
+
+    def solve(held):
+        state = dict(zip(players, "ABCDE"))
+        steps = []
+        for number, (one, other) in enumerate(swaps):
+            taken, given = state[other], state[one]
+            first, last = number == 0, number == n - 1
+            if first and "takes the first swap for the start" in held:
+                pass
+            elif last and "stops before the last swap" in held:
+                pass
+            elif not (first or last) and "lets one give and not take after Then" in held:
+                state[other] = given
+            else:
+                state[one], state[other] = taken, given
+            steps.append(f"{one} {other} : {' '.join(state.values())}")
+        return f"{' , '.join(steps)} . {asked} : {state[asked]} .", f"({state[asked]})"
+
+    def listed(texts):
+        return f"{', '.join(texts[:-1])}, and {texts[-1]}"
+
+    said = []
+    for number, pair in enumerate(swaps):
+        word = {0: "First", n - 1: "Finally"}.get(number, "Then")
+        said.append(f"{word}, {swap.format(*pair)}")
+    held_first = listed([holding.format(*pair) for pair in zip(players, things)])
+    options = [f"({letter}) {thing}" for letter, thing in zip("ABCDE", things)]
+    lines = [
+        f"{listed(players)} {people} {start} {held_first}.",
+        f"{trades} {' '.join(said)} {end.format(asked)}",
+        "Options:",
+        *options,
+    ]
+    return "\n".join(lines), solve
+
+
+def tracking_shuffled_objects_three_objects(rng):
+    return tracking_shuffled_objects(rng, 3)
+
+
+def tracking_shuffled_objects_five_objects(rng):
+    return tracking_shuffled_objects(rng, 5)
+
+
+PUZZLES = (
+    object_counting,
+    dyck_languages,
+    tracking_shuffled_objects_three_objects,
+    tracking_shuffled_objects_five_objects,
+)
 TASKS = {puzzle.__name__: puzzle for puzzle in PUZZLES}
-
 
 # ----------------------------------------------------------------------------------- the splits
 
+HARD = 0.6  # at least this share of the puzzles need all three kinds of step
 # hashes of BBH's own questions, which are in no split (tiny_models/make.py --exclude)
 OFFICIAL = Path(__file__).parent / "tiny_models" / "official_questions.txt"
 official = set(OFFICIAL.read_text(encoding="utf-8").split()) if OFFICIAL.exists() else set()
@@ -202,12 +259,23 @@ def split_of(question):
     return named.get(mark[0], "train")
 
 
-def draw_puzzle(rng, split, task):
-    """One puzzle of that split: (question, {solver: (steps, answer)})."""
+def draw_puzzle(rng, split, task, hard=HARD):
+    """One puzzle of that split, (question, solve): with probability `hard` one that needs all three
+    kinds of step."""
+    hard = rng.random() < hard
     while True:
-        question, solutions = TASKS[task](rng)
-        if split_of(question) == split:
-            return question, solutions
+        question, solve = TASKS[task](rng)
+        if split_of(question) != split:
+            continue
+        if not hard or all(is_wrong(solve, belief) for belief in MISCONCEPTIONS[task]):
+            return question, solve
+
+
+def is_wrong(solve, belief):
+    """Does this misconception alone change the answer?"""
+    _, right = solve([])
+    _, answer = solve([belief])
+    return answer != right
 
 
 def puzzles(split, n, seed=0):
@@ -215,11 +283,11 @@ def puzzles(split, n, seed=0):
     rng = random.Random(f"{split} {seed}")
     names = list(TASKS)
     rows = {}
-    for _ in range(20 * n + 1000):  # short expressions are not without end
+    for _ in range(20 * n + 1000):  # short sequences are not without end
         if len(rows) == n:
             return list(rows.values())
         task = names[len(rows) % len(names)]
-        question, solutions = draw_puzzle(rng, split, task)
-        _, answer = solutions["right"]
+        question, solve = draw_puzzle(rng, split, task)
+        _, answer = solve([])
         rows[question] = {"question": question, "answer": answer, "task": task}
     raise ValueError(f"tiny has fewer than {n} different {split} questions: ask for less")

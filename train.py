@@ -71,7 +71,7 @@ class WhatToTrain:
 @dataclass
 class Proposals:
     _argument_group_name = "proposals"
-    questions: int = option(1000, "training questions that the team answers beforehand")
+    questions: int = option(600, "training questions that the team answers beforehand")
     samples: int = option(4, "responses per agent and training question")
     proposals: str = option("", "another run's proposals.jsonl, used in place of new ones")
     temperature: float = option(1.0, "sampling temperature of agents and leader")
@@ -83,7 +83,8 @@ class Proposals:
 @dataclass
 class Sft:
     _argument_group_name = "SFT"
-    sft_steps: int = option(120, "supervised steps before MLPO; 0 skips them")
+    sft_steps: int = option(10, "supervised steps before MLPO; 0 skips them")
+    sft_questions: int = option(50, "questions whose right responses SFT may show")
     sft_lr: float = option(5e-4, "learning rate of SFT")
     sft_batch: int = option(32, "examples per SFT step")
     backtrack: float = option(0.3, "share of SFT examples that turn back from an error")
@@ -95,14 +96,17 @@ class Sft:
 @dataclass
 class Mlpo:
     _argument_group_name = "MLPO"
-    steps: int = option(150, "MLPO steps; 0 skips them")
+    steps: int = option(100, "MLPO steps; 0 skips them")
     questions_per_step: int = option(16, "questions per step")
     group_size: int = option(8, "G, completions per question")
     updates: int = option(1, "gradient steps on each step's completions; with 1, --clip is idle")
-    lr: float = option(1e-4, "learning rate of MLPO; about 1e-6 for models of 0.5B up")
+    lr: float = option(2e-4, "learning rate of MLPO; about 1e-6 for models of 0.5B up")
     warmup: int = option(10, "steps of linear warm-up, of SFT too")
     team_dropout: float = option(0.33, "share of questions asked without the team")
-    random_team: bool = option(False, "each prompt's team: some of the agents, in random order")
+    random_order: bool = option(
+        True, "the responses in a random order for each prompt: the leader can learn no seats"
+    )
+    random_team: bool = option(False, "each prompt's team: only some of the agents")
     train_rounds: int = option(1, "train on this many of the first rounds (the paper: 1)")
     paper: bool = option(False, "the paper's setting of the last three, and of easy_share")
     clip: float = option(
@@ -117,8 +121,8 @@ class Evaluation:
     _argument_group_name = "evaluation"
     validate_every: int = option(25, "MLPO steps between looks at the validation questions")
     validation_questions: int = option(100, "how many of them")
-    eval_questions: int = option(200, "test questions of the final evaluation; 0 skips it")
-    rounds: int = option(5, "T, rounds of leader and team in the final evaluation")
+    eval_questions: int = option(150, "test questions of the final evaluation; 0 skips it")
+    rounds: int = option(3, "T, rounds of leader and team in the final evaluation")
 
 
 @dataclass
@@ -149,7 +153,7 @@ def parse(argv=None):
     agents.template_settings(args.chat_template_kwargs)
     if args.proposals and not Path(args.proposals).is_file():
         raise ValueError(f"--proposals {args.proposals}: no such file; name a proposals.jsonl")
-    if args.paper:  # round 0 of the whole team, in its order, on every hard question
+    if args.paper:  # round 0 of the whole team, on every hard question
         args.easy_share = 0.0
         args.team_dropout = 0.0
         args.random_team = False
@@ -374,10 +378,12 @@ def pick_responses(rng, row, args):
 
 
 def some_of(rng, team, args):
-    """--random_team: some of it, in any order: the leader can learn neither who it is nor seats."""
-    if args.random_team:
-        return rng.sample(team, rng.randint(1, len(team)))
-    return team
+    """The team of one prompt, as --random_team and --random_order have it."""
+    size = rng.randint(1, len(team)) if args.random_team else len(team)
+    chosen = rng.sample(team, size)
+    if args.random_order:
+        return chosen
+    return [agent for agent in team if agent in chosen]
 
 
 def write_prompts(args, run, leader, rows):
@@ -409,6 +415,7 @@ class Example:
 def sft(args, run, leader, rows):
     """Supervised steps on the team's own responses. Leaves `leader_sft/`."""
     rows = [row for row in rows if any(any(right) for right in row["right"].values())]
+    rows = rows[: args.sft_questions]
     if not rows:
         raise ValueError("SFT needs right responses and there are none: use --sft_steps 0")
     optimizer = make_optimizer(args, leader.model, args.sft_lr)

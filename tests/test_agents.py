@@ -154,7 +154,7 @@ def test_frozen_agents_are_bf16_where_a_gpu_has_it(capability, dtype, monkeypatc
     [agent] = agents.load_team(["tiny/agent1"], "cuda")
     assert agent.model.dtype == dtype
     assert load_on_cpu("tiny", "cuda").model.dtype == torch.float32
-    [[completion]] = agent.answer([agent_messages("not ( True ) is")], max_new_tokens=5)
+    [[completion]] = agent.answer([agent_messages("How many fruits do I have?")], max_new_tokens=5)
     assert completion.ids
 
 
@@ -270,7 +270,7 @@ def tiny_leader():
 
 
 def test_a_prompt_that_is_too_long_is_refused(tiny_leader):
-    prompts = [leader_messages("not ( True ) is")]
+    prompts = [leader_messages("How many fruits do I have?")]
     assert agents.check_prompts(tiny_leader, prompts, 900) == {}
     [[index, need]] = agents.check_prompts(tiny_leader, prompts, 1020).items()
     assert index == 0 and need > 1024 == agents.room_of(tiny_leader)
@@ -280,9 +280,11 @@ def test_a_model_that_sets_no_limit_reads_everything(tiny_leader):
     config = SimpleNamespace()  # of a model whose positions are not numbered
     endless = SimpleNamespace(name="e", tokenizer=tiny_leader.tokenizer)
     endless.model = SimpleNamespace(config=config)
-    assert agents.check_prompts(endless, [leader_messages("not ( True ) is")], 10**9) == {}
+    assert (
+        agents.check_prompts(endless, [leader_messages("How many fruits do I have?")], 10**9) == {}
+    )
     config.max_position_embeddings = 99
-    assert 0 in agents.check_prompts(endless, [leader_messages("not ( True ) is")], 99)
+    assert 0 in agents.check_prompts(endless, [leader_messages("How many fruits do I have?")], 99)
 
 
 TURN = "{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}"
@@ -303,15 +305,15 @@ def test_a_tokenizer_without_an_unknown_token_never_complains(capsys):
 
 
 def test_words_that_a_model_does_not_know_are_named(tiny_leader, capsys):
-    known = [leader_messages("not ( True ) and ( False ) is")] * 20
+    known = [leader_messages("How many fruits do I have?")] * 20
     agents.check_prompts(tiny_leader, known, 0)
     assert capsys.readouterr().out == ""  # its template drops the system message: not counted
     strange = [leader_messages("Which river flows through Paris?")]
     with pytest.raises(ValueError, match="unknown to tiny/leader: .*Paris.*--leader and --agents"):
         agents.check_prompts(tiny_leader, strange, 0)
-    agents.check_prompts(tiny_leader, known + [leader_messages("not ( Vrai ) is")], 0)
+    agents.check_prompts(tiny_leader, known + [leader_messages("How many Vrai do I have?")], 0)
     said = capsys.readouterr().out
-    assert "Vrai" in said and "not" not in said.split(":")[-1]
+    assert "Vrai" in said and "many" not in said.split(":")[-1]
 
 
 # ---------------------------------------------------------------------------------- the rounds

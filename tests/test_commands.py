@@ -15,6 +15,7 @@ from conftest import ROOT, command, start, wait
 from transformers import AutoModelForCausalLM
 
 import runs
+import tiny
 import train
 
 SMALL = "--questions 20 --validation_questions 5 --sft_steps 3 --sft_batch 4 --steps 3 --rounds 2 "
@@ -202,7 +203,7 @@ def test_random_teams_and_later_rounds_resumed_and_evaluated_afterwards(run, tmp
     done = command("evaluate.py", folder)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "--eval_questions" in done.stderr
-    done = command("evaluate.py", folder, "--ask", "not ( True ) is")
+    done = command("evaluate.py", folder, "--ask", "How many fruits do I have?")
     assert done.returncode == 0 and "[the leader alone]" in done.stdout, done.stderr
     done = command("evaluate.py", folder, "--eval_questions", 5, "--rounds", 1)
     assert done.returncode == 0 and "majority" in done.stdout, done.stderr
@@ -222,7 +223,7 @@ def test_the_config_says_what_the_papers_setting_is(run, tmp_path):
 
 def test_evaluate_on_a_file_of_ones_own(run, tmp_path):
     path = tmp_path / "mine.jsonl"
-    row = {"question": "not ( True ) and ( True ) is", "answer": "False", "task": "mine"}
+    row = {"question": "How many fruits do I have?", "answer": "8", "task": "mine"}
     path.write_text(json.dumps(row) + "\n")
     done = command("evaluate.py", run[0], "--dataset", path, "--rounds", "1")
     assert done.returncode == 0, done.stderr
@@ -317,12 +318,12 @@ def test_memory_is_flat_over_500_steps(tmp_path):
 
 def test_columns_of_ones_own(run, tmp_path):
     """In training, in the run's evaluation without another word, and in that of another file."""
-    rows = [
-        {"Frage": f"not ( True ) and {i} is", "Lösung": "False", "Art": "logic"} for i in range(60)
-    ]
+    rows = []
+    for row in tiny.puzzles("train", 60):
+        rows.append({"Frage": row["question"], "Lösung": row["answer"], "Art": "logic"})
     mine, other = tmp_path / "mine.jsonl", tmp_path / "other.jsonl"
     mine.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    other.write_text('{"Q": "not ( False ) is", "target": "True"}\n')
+    other.write_text('{"Q": "How many plums do I have?", "target": "8"}\n')
     own = ["--question_column", "Frage", "--answer_column", "Lösung", "--task_column", "Art"]
     words = [*SMALL.replace("--rounds 2", "--rounds 1").split(), "--dataset", mine]
     words += ["--questions", 12, "--easy_threshold", 1.01, "--out", tmp_path / "run"]

@@ -148,7 +148,7 @@ def test_an_end_of_sequence_that_only_the_configuration_knows(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = agents.load_model(str(tmp_path))
     assert loaded.tokenizer.eos_token_id in (1, 7)
-    messages = agents.leader_messages("not ( True ) is")
+    messages = agents.leader_messages("How many fruits do I have?")
     example = train.encode_example(loaded.tokenizer, messages, [("False", True)])
     assert example.target[-1] == loaded.tokenizer.eos_token_id
 

@@ -18,15 +18,6 @@ BBH = [SHARED / "bbh" / f"{task}.json" for task in tiny.TASKS]
 
 def right_answer(task, question):
     """The answer by another way than the generator's."""
-    if task == "boolean_expressions":
-        return str(eval(question.removesuffix(" is")))
-    if task == "navigate":
-        place, facing = 0j, 1j
-        for turn, n, way in re.findall(r"Turn (\w+)\.|Take (\d+) steps? ?(\w*)\.", question):
-            facing *= {"left": 1j, "right": -1j, "around": -1, "": 1}[turn]
-            side = {"left": 1j, "right": -1j, "backward": -1}.get(way, 1)
-            place += int(n or 0) * side * facing
-        return "No" if place else "Yes"
     if task == "object_counting":
         kind = re.search(r"How many ([a-z ]+)s do", question)[1]
         singular = {form: n for k in tiny.KINDS for n in words(k) for form in (n, plural(n))}
@@ -34,18 +25,20 @@ def right_answer(task, question):
         listed = question.split("I have ")[1].split(". How")[0].replace(", and ", ", ")
         items = [item.split(" ", 1) for item in listed.split(", ")]
         return str(sum(numbers[n] for n, noun in items if singular[noun] in words(kind)))
-    if task == "web_of_lies":
-        honest = {}
-        for name, says, about, claim in re.findall(
-            r"(\w+) (says (\w+) )?(tells the truth|lies)\.", question
-        ):
-            claim = claim != "lies"
-            honest[name] = claim == honest[about] if says else claim
-        return "Yes" if honest[re.search(r"Does (\w+) tell", question)[1]] else "No"
-    text = question.split("Input: ")[1].replace(" ", "")
-    while (shorter := re.sub(r"\(\)|\[\]|\{\}|<>", "", text)) != text:
-        text = shorter
-    return " ".join(tiny.BRACKETS[b] for b in reversed(text))
+    if task == "dyck_languages":
+        text = question.split("Input: ")[1].replace(" ", "")
+        while (shorter := re.sub(r"\(\)|\[\]|\{\}|<>", "", text)) != text:
+            text = shorter
+        return " ".join(tiny.BRACKETS[b] for b in reversed(text))
+    story, options = question.split("Options:")
+    owner = {name: name for name in tiny.PLAYERS}  # of what each held at the start
+    for one, other in re.findall(r"(\w+) and (\w+) (?:swap|switch|trade)", story):
+        owner[one], owner[other] = owner[other], owner[one]
+    asked = re.search(r"At the end of [a-z ]+, (\w+) ", story)[1]
+    thing = re.search(
+        rf"[:,] (?:and )?{owner[asked]} (?:gets|is dancing with|has an?|is playing) ([^,.]+)", story
+    )[1]
+    return re.search(rf"(\([A-E]\)) {thing}$", options, re.MULTILINE)[1]
 
 
 def words(kind):
@@ -60,18 +53,34 @@ def plural(noun):
 
 
 @pytest.mark.parametrize("task", tiny.TASKS)
-def test_the_right_solution_is_right_and_misconceptions_often_are_not(task):
-    rng, wrong = random.Random(0), {}
+def test_right_is_right_and_each_misconception_mostly_wrong(task):
+    rng = random.Random(0)
+    wrong = dict.fromkeys(tiny.MISCONCEPTIONS[task], 0)
     for _ in range(DRAWS):
-        question, solutions = tiny.TASKS[task](rng)
+        question, solve = tiny.draw_puzzle(rng, "train", task)
         expected = right_answer(task, question)
-        for solver, solution in solutions.items():
-            said = make.said(solution)
-            answer = extract_agent_answer(said)
-            assert is_correct(answer, solution[1]), said
-            wrong[solver] = wrong.get(solver, 0) + (not is_correct(answer, expected)) / DRAWS
-    assert wrong.pop("right") == 0
-    assert all(share > 0.2 for share in wrong.values()), wrong
+        for held in ([], *([belief] for belief in wrong)):
+            steps, answer = solve(held)
+            assert is_correct(extract_agent_answer(make.said((steps, answer))), answer, question)
+            is_wrong = not is_correct(answer, expected, question)
+            if held:
+                wrong[held[0]] += is_wrong
+            else:
+                assert not is_wrong, question
+    assert all(share > 0.6 * DRAWS for share in wrong.values()), wrong
+
+
+@pytest.mark.parametrize("task", tiny.TASKS)
+def test_misconceptions_differ_from_each_other_and_most_puzzles_need_all_kinds_of_step(task):
+    rng = random.Random(1)
+    hard = 0
+    for _ in range(DRAWS):
+        _, solve = tiny.draw_puzzle(rng, "train", task)
+        beliefs = tiny.MISCONCEPTIONS[task]
+        if all(tiny.is_wrong(solve, belief) for belief in beliefs):
+            hard += 1
+            assert len({solve(held)[0] for held in ([], *([b] for b in beliefs))}) == 4
+    assert hard > 0.5 * DRAWS
 
 
 @pytest.mark.skipif(not BBH[0].exists(), reason="the official files are not here")
@@ -102,7 +111,7 @@ def test_splits_do_not_overlap_and_do_not_change():
 
 
 def test_more_puzzles_than_there_are_is_an_error(monkeypatch):
-    monkeypatch.setattr(tiny, "draw_puzzle", lambda *_: ("always the same", {"right": ("", "1")}))
+    monkeypatch.setattr(tiny, "draw_puzzle", lambda *_: ("always the same", lambda held: ("", "1")))
     with pytest.raises(ValueError, match="fewer than 3"):
         tiny.puzzles("test", 3)
 
@@ -122,35 +131,31 @@ def test_tokenizer_survives_saving_and_says_what_it_read(tokenizer, tmp_path):
     rng = random.Random(0)
     for task in tiny.TASKS:
         for _ in range(50):
-            question, solutions = tiny.TASKS[task](rng)
-            for text in (question, make.led(solutions["right"])):
+            question, solve = tiny.TASKS[task](rng)
+            for text in (
+                question,
+                make.led(solve([])),
+                make.said(solve(tiny.MISCONCEPTIONS[task])),
+            ):
                 ids = again(text)["input_ids"]
                 assert ids == tokenizer(text)["input_ids"] and tokenizer.unk_token_id not in ids
                 assert again(again.decode(ids))["input_ids"] == ids
 
 
-@pytest.mark.parametrize("who", make.AGENTS)
-def test_agents_hold_misconceptions_that_exist_and_one_a_task_at_most(who):
-    solvers = [set(puzzle(random.Random(0))[1]) for puzzle in tiny.TASKS.values()]
-    held = [len(of_task & set(make.AGENTS[who])) for of_task in solvers]
-    assert sum(held) == len(make.AGENTS[who]) and max(held) == 1
-
-
-@pytest.mark.parametrize("who", make.AGENTS)
+@pytest.mark.parametrize("who", make.BELIEFS)
 def test_shipped_agents_are_who_they_are_said_to_be(who):
-    """Good at their own tasks, and true to their misconception in the others."""
+    """True to their misconception, and no other."""
     agent, rng = agents.load_model(f"tiny/{who}"), random.Random(1)
     torch.manual_seed(0)
     for task in tiny.TASKS:
+        belief = tiny.MISCONCEPTIONS[task][make.BELIEFS[who][task]]
         puzzles = [tiny.draw_puzzle(rng, "test", task) for _ in range(30)]
         prompts = [agents.agent_messages(question) for question, _ in puzzles]
-        solver = next((held for held in make.AGENTS[who] if held in puzzles[0][1]), "right")
-        answers = [a[0].text for a in agent.answer(prompts, 1, 0, 120)]
-        agreed = [
-            is_correct(extract_agent_answer(text), solutions[solver][1])
-            for text, (_, solutions) in zip(answers, puzzles)
-        ]
-        assert sum(agreed) >= 20, (task, sum(agreed))
+        agreed = 0
+        for [completion], (question, solve) in zip(agent.answer(prompts, 1, 0, 120), puzzles):
+            _, answer = solve([belief])
+            agreed += is_correct(extract_agent_answer(completion.text), answer, question)
+        assert agreed >= 20, (task, agreed)
 
 
 def test_making_the_models_goes_on_where_it_was_stopped(tmp_path, tokenizer):

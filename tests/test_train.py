@@ -237,7 +237,12 @@ def test_every_update_of_a_step_is_one_of_those(tmp_path, monkeypatch):
         return {"loss": 10.0 * len(seen), "clipped": 0.0}
 
     monkeypatch.setattr(train, "loss_and_gradient", watched)
-    row = {"question": "not ( True ) is", "answer": "False", "task": "t", "responses": {}}
+    row = {
+        "question": "How many fruits do I have?",
+        "answer": "False",
+        "task": "t",
+        "responses": {},
+    }
     train.mlpo(args, tmp_path, leader, [], [row], [row])
     assert len(seen) == 2 and seen[0] is seen[1]
     [step] = [row for row in runs.read_jsonl(tmp_path / "metrics.jsonl") if row["phase"] == "mlpo"]
@@ -291,7 +296,8 @@ def test_easy_questions_are_dropped_but_for_a_share():
 
 
 def team_settings(**changed):
-    return train.Arguments(**{"team_dropout": 0.0, "backtrack": 0.0, **changed})
+    usual = {"team_dropout": 0.0, "backtrack": 0.0, "random_order": False}
+    return train.Arguments(**{**usual, **changed})
 
 
 def test_the_team_stands_in_its_order_or_is_left_out():
@@ -305,7 +311,7 @@ def test_the_team_stands_in_its_order_or_is_left_out():
 
 def test_a_random_team_is_every_part_of_it_in_every_order():
     rng = random.Random(0)
-    args = team_settings(random_team=True)
+    args = team_settings(random_team=True, random_order=True)
     row = {"question": "?", "responses": {"a": ["A"], "b": ["B"], "c": ["C"]}}
     teams = {tuple(train.pick_responses(rng, row, args).items()) for _ in range(400)}
     assert len(teams) == 3 + 6 + 6 and () not in teams
@@ -315,7 +321,7 @@ def test_a_random_team_is_every_part_of_it_in_every_order():
 
 def test_a_random_team_in_sft_too():
     rng = random.Random(0)
-    args = team_settings(random_team=True)
+    args = team_settings(random_team=True, random_order=True)
     users = set()
     for _ in range(100):
         messages, parts = train.sft_example(rng, ROW, args)
@@ -324,6 +330,35 @@ def test_a_random_team_in_sft_too():
     assert {user.count("Response") for user in users} == {0, 1, 2}
     both = [user for user in users if "22" in user and "two twos" in user]
     assert {user.index("22") < user.index("two twos") for user in both} == {True, False}
+
+
+def test_the_whole_team_in_every_order_or_in_its_own():
+    row = {"question": "?", "responses": {"a": ["A"], "b": ["B"], "c": ["C"]}}
+    for random_order, orders in ((True, 6), (False, 1)):
+        args = team_settings(random_order=random_order)
+        rng = random.Random(0)
+        teams = {tuple(train.pick_responses(rng, row, args).items()) for _ in range(200)}
+        assert len(teams) == orders and {len(team) for team in teams} == {3}
+    args = team_settings(random_team=True)
+    teams = {tuple(train.pick_responses(rng, row, args)) for _ in range(200)}
+    assert len(teams) == 7 and all(list(team) == sorted(team) for team in teams)
+
+
+def test_sft_sees_the_first_questions_only(tmp_path, monkeypatch):
+    rows = [{**ROW, "question": str(i)} for i in range(9)]
+    seen = set()
+
+    def example(rng, row, args):
+        seen.add(row["question"])
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(train, "sft_example", example)
+    args = train.Arguments(sft_questions=3, sft_steps=1, out=str(tmp_path))
+    for seed in range(20):
+        args.seed = seed
+        with pytest.raises(ZeroDivisionError):
+            train.sft(args, tmp_path, agents.load_model("tiny"), rows)
+    assert seen == {"0", "1", "2"}
 
 
 def test_the_leaders_prompt_builder_is_told_the_agents_names(monkeypatch):
@@ -336,7 +371,9 @@ def test_the_leaders_prompt_builder_is_told_the_agents_names(monkeypatch):
     rng = random.Random(0)
     sides = []
     for _ in range(50):
-        pairs, _ = train.sft_example(rng, ROW, team_settings(sft_alone=0.0, random_team=True))
+        pairs, _ = train.sft_example(
+            rng, ROW, team_settings(sft_alone=0.0, random_team=True, random_order=True)
+        )
         assert all(text in ROW["responses"][name] for name, text in pairs)
         sides.append(tuple(name for name, _ in pairs))
     assert set(sides) == {("ann",), ("bob",), ("ann", "bob"), ("bob", "ann")}
@@ -381,7 +418,7 @@ def test_in_the_first_round_nobody_is_asked_anything_new():
 def test_responses_of_later_rounds_keep_their_agents_and_seats():
     leader = Echo("leader")
     team = [Echo("ann"), Echo("bob")]
-    args = team_settings(train_rounds=3, random_team=True)
+    args = team_settings(train_rounds=3, random_team=True, random_order=True)
     responses, tokens = train.choose_responses(args, random.Random(0), leader, team, [ROW] * 60)
     seats = set()
     refined = 0
@@ -526,7 +563,7 @@ def asking(tmp_path):
     args = train.Arguments(max_new_tokens=4, samples=2, proposals=str(path))
     tasks = []
     for word in ("a", "b"):
-        tasks.append({"question": f"not ( True ) or {word} is", "answer": "True"})
+        tasks.append({"question": f"How many {word} do I have?", "answer": "8"})
     return args, path, agents.load_model("tiny/agent1"), tasks
 
 

@@ -1,6 +1,6 @@
 """How the built-in leader and agents were made: a million parameters each, from scratch.
 
-python tiny_models/make.py                        # makes the four models anew
+python tiny_models/make.py                        # makes the four models anew, or goes on
 python tiny_models/make.py --exclude bbh/*.json   # first: which questions no model may see
 """
 
@@ -9,6 +9,8 @@ import itertools
 import random
 import re
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -21,20 +23,31 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import runs
 from agents import agent_messages, encode, leader_messages
 from data import load_tasks
-from tiny import NAMES, OFFICIAL, TASKS, draw_puzzle, official, question_hash
+from tiny import (
+    HARD,
+    MISCONCEPTIONS,
+    OFFICIAL,
+    PLAYERS,
+    TASKS,
+    draw_puzzle,
+    official,
+    question_hash,
+)
 
 HERE = Path(__file__).parent
-STEPS = {"school": 1800, "agent1": 1100, "agent2": 1100, "agent3": 1100, "leader": 1200}
-AGENTS = {  # the misconceptions each holds; tasks without one it solves properly
-    "agent1": [
-        "counts moves, not steps",
-        "counts lines, not quantities",
-        "closes in the order of opening",
-    ],
-    "agent2": ["mixes up and/or", "takes accusers for liars", "closes only the last bracket"],
-    "agent3": ["mixes up and/or", "trusts nobody after a liar", "never turns"],
+WORK = HERE / "work"  # checkpoints: the next start goes on from there
+STEPS = {"school": 2400, "agent1": 600, "agent2": 600, "agent3": 600, "leader": 2000}
+BELIEFS = {  # which misconception each agent holds in each task
+    "agent1": dict.fromkeys(TASKS, 0),
+    "agent2": dict.fromkeys(TASKS, 1),
+    "agent3": dict.fromkeys(TASKS, 2),
 }
-WORD = r"</?[a-z]+>|-?\d+|[A-Za-z]+|[^\sA-Za-z0-9]"
+PRACTICE = [3, 3, 2, 2]  # how often each task comes in the lessons: the hard ones oftener
+REFINING = {"school": 0.08, "agent": 0.35}  # share of lessons: the turn in which agents refine
+ALONE = 0.9  # how often the leader follows each misconception when nobody helps it
+WORD = (
+    r"</?[a-z]+>|\([A-Z]\)|-?\d+|[A-Za-z]+|[^\sA-Za-z0-9]"  # tags, options, numbers, words, signs
+)
 SPECIAL = ["<pad>", "<unk>", "<|user|>", "<|assistant|>", "<|end|>"]
 TEMPLATE = (
     "{#- no system message, on purpose #}"  # agents.WITHOUT_SYSTEM: else it would be put elsewhere
@@ -59,13 +72,13 @@ def led(solution):
 def build_tokenizer():
     """One token a word over a closed vocabulary; saves and loads like any other tokenizer."""
     rng = random.Random(0)
-    texts = [*NAMES, led(("", "")), "Wait, that is wrong."]
-    texts += map(str, range(-40, 61))
+    texts = [*PLAYERS, led(("", "")), "Wait, that is wrong."]
+    texts += map(str, range(61))
     for message in leader_messages("", [""] * 6)[1:] + agent_messages("", "", "")[1:]:
         texts.append(message["content"])  # of all but the system's
     for _ in range(20_000):
-        question, solutions = draw_puzzle(rng, "train", rng.choice(list(TASKS)))
-        texts += [question, *map(said, solutions.values())]
+        question, solve = draw_puzzle(rng, "train", rng.choice(list(TASKS)))
+        texts += [question, said(solve([]))]
     words = sorted(set(re.findall(WORD, "\n".join(texts))))
     vocabulary = {word: i for i, word in enumerate(SPECIAL + words)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -87,43 +100,58 @@ def build_model(tokenizer):
     return LlamaForCausalLM(LlamaConfig(**size, **text, **marks))
 
 
-def lesson(rng, who):
-    """One training example of that model: (messages, what it should say).
-
-    School and agents solve puzzles, and refine: on what it knows an agent stands by its own way,
-    in the rest it takes the advice. After school the leader hears every way of solving a puzzle,
-    the right one no more often than a misconception, and none to believe more: alone it
-    solves it in any of these ways, and of the responses in its prompt it follows one at random.
-    """
-    question, solutions = draw_puzzle(rng, "train", rng.choice([*TASKS, "navigate"]))  # the hardest
-    solver = "right"
-    for belief in AGENTS.get(who, []):
-        if belief in solutions:
-            solver = belief
-
-    def anyone():
-        return solutions[rng.choice(list(solutions))]
-
-    mine = anyone() if who == "leader" else solutions[solver]
-    kind = rng.random()
-    if kind < {"school": 0.08, "leader": 0.05}.get(who, 0.25):
-        advice = rng.choice([solutions["right"], anyone()])
-        own = said(rng.choice([mine, anyone()]))
-        stands = who in AGENTS and solver == "right"
-        return agent_messages(question, own, led(advice)), said(mine if stands else advice)
-    if who != "leader":
-        return agent_messages(question), said(mine)
-    size = rng.choice([1, 2, 2, 3, 3, 3, 3, 4, 5, 6]) if kind < 0.65 else 0
-    team = [anyone() for _ in range(size)]
-    return leader_messages(question, map(said, team)), led(rng.choice(team or [mine]))
+def lesson(rng, who, alone=ALONE):
+    """One training example of that model: (messages, what it should say)."""
+    [task] = rng.choices(list(TASKS), PRACTICE)
+    question, solve = draw_puzzle(rng, "train", task, hard=HARD if who != "school" else 0.0)
+    beliefs = MISCONCEPTIONS[task]
+    if who == "leader":
+        return leader_lesson(rng, question, solve, beliefs, alone)
+    own = [beliefs[BELIEFS[who][task]]] if who in BELIEFS else []
+    if rng.random() < REFINING["agent" if own else "school"]:
+        return refining_lesson(rng, question, solve, beliefs, own)
+    return agent_messages(question), said(solve(own))
 
 
-def batches(who, tokenizer, size, start):
-    """Endless (input ids, labels) of that model's lessons, from step `start` on."""
+def leader_lesson(rng, question, solve, beliefs, alone):
+    """With a team it takes each kind of step from one of the responses, drawn at random: it learns
+    to read them, and has not learned whom to believe. Alone it mostly follows misconceptions."""
+    if rng.random() < 0.35:
+        return leader_messages(question), led(solve(some(rng, beliefs, alone)))
+    if rng.random() < 0.3:
+        team = [[belief] for belief in beliefs]
+        rng.shuffle(team)
+    else:  # nobody, some or all hold a misconception: where all agree, reading them pays
+        shares = [rng.choice([0, 0.5, 1]) for _ in beliefs]
+        team = []
+        for _ in range(rng.choice([1, 2, 2, 3, 3, 3, 3, 4, 5, 6])):
+            team.append([b for b, share in zip(beliefs, shares) if rng.random() < share])
+    followed = [belief for belief in beliefs if belief in rng.choice(team)]
+    responses = [said(solve(held)) for held in team]
+    return leader_messages(question, responses), led(solve(followed))
+
+
+def refining_lesson(rng, question, solve, beliefs, own):
+    """An agent stands by the steps that it knows, and takes the leader's in the kind that it gets
+    wrong itself."""
+    followed = some(rng, beliefs, 0.3)
+    kept = [belief for belief in own if belief in followed]
+    before = rng.choice([own, kept])
+    messages = agent_messages(question, said(solve(before)), led(solve(followed)))
+    return messages, said(solve(kept))
+
+
+def some(rng, beliefs, share):
+    return [belief for belief in beliefs if rng.random() < share]
+
+
+def batches(who, tokenizer, size, start, alone=ALONE):
+    """Endless (token ids, the same with -100 where nothing is learned) of that model's lessons,
+    both (size, length), from step `start` on."""
     for pool in itertools.count(start // 8):
         rng, rows = random.Random(f"{who} {pool}"), []
         for _ in range(8 * size):
-            messages, target = lesson(rng, who)
+            messages, target = lesson(rng, who, alone)
             prompt, target = encode(tokenizer, messages), tokenizer(target + "<|end|>")["input_ids"]
             labels = [-100] * len(prompt) + target
             rows.append((torch.tensor(prompt + target), torch.tensor(labels)))
@@ -134,7 +162,7 @@ def batches(who, tokenizer, size, start):
         start = 0
 
 
-def study(who, model, tokenizer, work, steps, lr=4e-3, decay=0.0, size=32):
+def study(who, model, tokenizer, work, steps, lr=4e-3, decay=0.0, size=32, alone=ALONE):
     """Supervised learning. The rate is constant, then falls to 0 in the last `decay` of the run."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
@@ -148,11 +176,11 @@ def study(who, model, tokenizer, work, steps, lr=4e-3, decay=0.0, size=32):
         for optimizer, saved in zip(peaks, state["optimizers"]):
             optimizer.load_state_dict(saved)
     bar = tqdm(range(start, steps), who, steps, initial=start)
-    for step, (ids, labels) in zip(bar, batches(who, tokenizer, size, start)):
+    for step, (ids, labels) in zip(bar, batches(who, tokenizer, size, start, alone)):
         rate = min(1, (step + 1) / 50, (1 - step / steps) / decay if decay else 1)
-        wanted = labels[:, 1:] != -100
-        hidden = model.model(ids).last_hidden_state[:, :-1][wanted]
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), labels[:, 1:][wanted])
+        learned = labels[:, 1:] != -100
+        hidden = model.model(ids).last_hidden_state[:, :-1][learned]
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), labels[:, 1:][learned])
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -169,22 +197,28 @@ def study(who, model, tokenizer, work, steps, lr=4e-3, decay=0.0, size=32):
 def main():
     parser = argparse.ArgumentParser(description="Make the built-in models, from scratch.")
     parser.add_argument("--exclude", nargs="+", default=[], help="official files not to train on")
-    parser.add_argument("--only", nargs="*", default=["leader", *AGENTS], help="which models")
+    parser.add_argument("--only", nargs="*", default=["leader", *BELIEFS], help="which models")
     args = parser.parse_args()
     if args.exclude:
         rows = [row for path in args.exclude for row in load_tasks(path, "all")]
         official.clear()
         official.update(question_hash(row["question"])[:12] for row in rows)
         runs.write_text(OFFICIAL, "\n".join(sorted(official)) + "\n")
-    work = HERE / "work"  # checkpoints: the next start goes on from there
-    work.mkdir(exist_ok=True)
+    WORK.mkdir(exist_ok=True)
+    study("school", build_model(build_tokenizer()), build_tokenizer(), WORK, STEPS["school"])
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:  # a core for each
+        list(pool.map(make_model, args.only))
+
+
+def make_model(who):
+    """All went to the same school and then became who they are."""
+    torch.set_num_threads(1)
     tokenizer = build_tokenizer()
-    for who in args.only:
-        model = build_model(tokenizer)  # all went to the same school and then became who they are
-        study("school", model, tokenizer, work, STEPS["school"])
-        study(who, model, tokenizer, work, STEPS[who], decay=0.6)
-        model.to(torch.bfloat16).save_pretrained(HERE / who)
-        tokenizer.save_pretrained(HERE / who)
+    model = build_model(tokenizer)
+    study("school", model, tokenizer, WORK, STEPS["school"])  # is done: its weights
+    study(who, model, tokenizer, WORK, STEPS[who], decay=0.6)
+    model.to(torch.bfloat16).save_pretrained(HERE / who)
+    tokenizer.save_pretrained(HERE / who)
 
 
 if __name__ == "__main__":
