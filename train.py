@@ -380,10 +380,10 @@ def pick_responses(rng, row, args):
 def some_of(rng, team, args):
     """The team of one prompt, as --random_team and --random_order have it."""
     size = rng.randint(1, len(team)) if args.random_team else len(team)
-    chosen = rng.sample(team, size)
     if args.random_order:
-        return chosen
-    return [agent for agent in team if agent in chosen]
+        return rng.sample(team, size)
+    places = sorted(rng.sample(range(len(team)), size))
+    return [team[place] for place in places]
 
 
 def write_prompts(args, run, leader, rows):
