@@ -170,40 +170,30 @@ def title(mode):
 
 def claims(rows):
     """What the method is for, each with what it is measured against."""
-    team = ("mlpo", "three:1")
-    wrong = nobody_right(rows)
     lines = []
-
-    def claim(text, one, other=None, mask=None):
+    for text, one, other in CLAIMS:
         if bits(rows, *one):
-            value = difference(rows, one, other, mask) if other else share(rows, one, mask)
-            lines.append([text, value])
+            lines.append([text, len(bits(rows, *one)), difference(rows, one, other)])
+    if lines and bits(rows, *TEAM):
+        told = share(rows, TEAM, nobody_right(rows))
+        lines.append(["with the team, right where no agent is", len(bits(rows, *TEAM)), told])
+    return table(["claim", "seeds", "measured"], lines)
 
-    claim("with the team: SFT + MLPO over SFT", team, ("sft", "three:1"))
-    claim(
-        "with the team: MLPO without SFT over untrained",
-        ("mlpo_only", "three:1"),
-        ("untrained", "three:1"),
-    )
-    claim("with the team, over any agent right", team, ("three", "any"))
-    claim("with the team, right where no agent is", team, None, wrong)
-    claim("alone: MLPO over GRPO, equal steps, no SFT", ("mlpo_only", "alone"), ("grpo", "alone"))
-    claim(
-        "alone: MLPO over GRPO, equal tokens, no SFT",
-        ("mlpo_only", "alone"),
-        ("grpo_tokens", "alone"),
-    )
-    claim("alone: SFT + MLPO over SFT + GRPO", ("mlpo", "alone"), ("grpo_sft", "alone"))
-    claim(
-        "alone, never practised alone: --paper over untrained",
-        ("paper", "alone"),
-        ("untrained", "alone"),
-    )
-    for t in (3, 5):
-        claim(f"T = {t} over T = 1", ("mlpo", f"three:{t}"), team)
-    claim("a team that it never saw, against its own", ("mlpo", "unseen:1"), team)
-    claim("shuffled seats, against the usual ones", ("mlpo", "shuffled:1"), team)
-    return table(["claim", "measured"], lines)
+
+TEAM = ("mlpo", "three:1")
+CLAIMS = [
+    ("with the team: SFT + MLPO over SFT", TEAM, ("sft", "three:1")),
+    ("the same without SFT, over untrained", ("mlpo_only", "three:1"), ("untrained", "three:1")),
+    ("with the team, over any agent right", TEAM, ("three", "any")),
+    ("alone: MLPO over GRPO, equal steps", ("mlpo_only", "alone"), ("grpo", "alone")),
+    ("alone: MLPO over GRPO, equal tokens", ("mlpo_only", "alone"), ("grpo_tokens", "alone")),
+    ("alone: SFT + MLPO over SFT + GRPO", ("mlpo", "alone"), ("grpo_sft", "alone")),
+    ("alone, by --paper, over untrained", ("paper", "alone"), ("untrained", "alone")),
+    ("T = 3 over T = 1", ("mlpo", "three:3"), TEAM),
+    ("T = 5 over T = 1", ("mlpo", "three:5"), TEAM),
+    ("a team that it never saw, against its own", ("mlpo", "unseen:1"), TEAM),
+    ("shuffled seats, against the usual ones", ("mlpo", "shuffled:1"), TEAM),
+]
 
 
 def nobody_right(rows):
@@ -214,9 +204,8 @@ def nobody_right(rows):
 def parts(rows):
     """What each phase adds; *d* to SFT + MLPO. Then the sweep of SFT: what is left for MLPO."""
     names = ("untrained", "sft", "mlpo_only", "mlpo", "grpo", "grpo_tokens", "grpo_sft", "paper")
-    text = (
-        leaders(rows, names, "mlpo") + "\n" + leaders(rows, ("mlpo_only", "mlpo", "sft120"), "mlpo")
-    )
+    text = leaders(rows, names, "mlpo") + "\n"
+    text += leaders(rows, ("mlpo_only", "mlpo", "sft120"), "mlpo")
     return text + "\n![what each phase adds](benchmarks/evidence_parts.png)\n"
 
 
