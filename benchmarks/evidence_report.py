@@ -172,10 +172,11 @@ def claims(rows):
     """What the method is for, each with what it is measured against."""
     lines = []
     for text, one, other in CLAIMS:
-        if bits(rows, *one):
-            lines.append([text, len(bits(rows, *one)), difference(rows, one, other)])
-    if lines and bits(rows, *TEAM):
-        told = share(rows, TEAM, nobody_right(rows))
+        told = difference(rows, one, other)
+        if told:
+            lines.append([text, len(matrix(rows, one, other)), told])
+    told = share(rows, TEAM, nobody_right(rows))
+    if told:
         lines.append(["with the team, right where no agent is", len(bits(rows, *TEAM)), told])
     return table(["claim", "seeds", "measured"], lines)
 
