@@ -75,7 +75,9 @@ def extract_agent_answer(text):
 
 # the last of them, up to the end of the line or sentence, but not to the full stop in 3.5
 # or Dr. Smith or U.S. Army
-TITLES = "".join(rf"(?<!\b{title})" for title in ("dr", "mr", "mrs", "ms", "st", "mt", "prof", "vs"))
+TITLES = "".join(
+    rf"(?<!\b{title})" for title in ("dr", "mr", "mrs", "ms", "st", "mt", "prof", "vs")
+)
 END = rf"(?:\n|{TITLES}(?<!\.[a-z])\.(?!\S)|,? (?:which|because|since)\b|$)"
 STATED = re.compile(
     rf"(?is).*\bthe (?:\w+ )?(?:answer|option|choice)"
