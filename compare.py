@@ -60,7 +60,8 @@ def comparisons(results, bits="correct"):
         pairs.append((ours_alone, label_of("", stage, team=False, rounds=1)))
     found = {}
     for label, other in pairs:
-        if label != other and other in rows:  # not all phases are in every run
+        # without MLPO the last leader is one of the others, without SFT there is none after it
+        if label != other and other in rows:
             differences = []
             of_row = rows[label].get(bits, rows[label]["correct"])  # older results have one of them
             of_other = rows[other].get(bits, rows[other]["correct"])

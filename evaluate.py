@@ -256,8 +256,8 @@ def with_later_arguments(config):
         "plain": False,
         "sft_alone": sft_alone,
         "sft_questions": config.get("questions", 1000),
+        "random_order": config.get("random_team", False),
     }
-    earlier["random_order"] = config.get("random_team", False)
     return {**earlier, **config}
 
 

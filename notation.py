@@ -138,7 +138,10 @@ radian radians
 pound-weight lb lbs
 mph
 """
-UNITS = {word: line.split()[0] for line in UNITS.strip().splitlines() for word in line.split()}
+UNIT_LINES = UNITS.strip().splitlines()
+UNITS = {}
+for line in UNIT_LINES:
+    UNITS |= dict.fromkeys(line.split(), line.split()[0])
 UNITS |= {"square": "square", "sq": "square", "cubic": "cubic", "per": "per"}
 # what follows a number and makes another one of it, or another thing: it must be in both
 CHANGING = """

@@ -175,17 +175,19 @@ def is_correct(answer, gold, question=""):
     gold, wanted_unit = split_unit(gold)
     if not units_agree(unit, wanted_unit):
         return False
-    if number(answer) is not None and number(gold) is not None:
-        return number(answer) == number(gold)
-    if numbers(gold) and number(answer) is None and numbers(gold) == numbers(answer):
+    of_answer = number(answer)
+    of_gold = number(gold)
+    if of_answer is not None and of_gold is not None:
+        return of_answer == of_gold
+    if of_answer is None and numbers(gold) and numbers(gold) == numbers(answer):
         return True
-    if number(gold) is not None or not is_formula(gold):
+    if of_gold is not None or not is_formula(gold):
         return False
-    return same_equations(answer, gold)
+    return same_mathematics(answer, gold)
 
 
-def same_equations(answer, gold):
-    """Of formulas, and of several equations in a row, each of which has its place: a = 1, b = 2."""
+def same_mathematics(answer, gold):
+    """Is it the same formula? Or the same equations one by one, as in a = 1, b = 2?"""
     if len(DEGREES.findall(answer)) != len(DEGREES.findall(gold)):  # cos 20 is not cos 20°
         return False
     parts = gold.split(",") if gold.count("=") > 1 else [gold]

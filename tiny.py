@@ -15,25 +15,24 @@ MIT License, Copyright (c) 2022 suzgunmirac (the whole notice: tiny_models/LICEN
 
 import hashlib
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
-# the k-th of each task is that of the built-in agent k
-MISCONCEPTIONS = {
+SWAPS = [
+    "takes the first swap for the start",
+    "lets one give and not take after Then",
+    "stops before the last swap",
+]
+MISCONCEPTIONS = {  # the k-th of each task is that of the built-in agent k
     "object_counting": ["counts a group as one", "counts every kind", "leaves out the last item"],
     "dyck_languages": [
         "closes in the order of opening",
         "forgets all but the last two",
         "closes [ with }",
     ],
-    "tracking_shuffled_objects_three_objects": [
-        "takes the first swap for the start",
-        "lets one give and not take after Then",
-        "stops before the last swap",
-    ],
+    "tracking_shuffled_objects_three_objects": SWAPS,
+    "tracking_shuffled_objects_five_objects": SWAPS,
 }
-MISCONCEPTIONS["tracking_shuffled_objects_five_objects"] = MISCONCEPTIONS[
-    "tracking_shuffled_objects_three_objects"
-]
 
 # ------------------------------------------------------------------------------ object_counting
 
@@ -75,8 +74,8 @@ def object_counting(rng):
             steps.append(f"{text} {total if counts else 'no'}")
         return " , ".join(steps) + " .", str(total)
 
-    *listed, last = [text for _, _, text in items]
-    return f"I have {', '.join(listed)}, and {last}. How many {kind}s do I have?", solve
+    texts = [text for _, _, text in items]
+    return f"I have {listed(texts)}. How many {kind}s do I have?", solve
 
 
 def written(noun, n):
@@ -124,101 +123,123 @@ def dyck_languages(rng):
 # -------------------------------------------------------------------- tracking_shuffled_objects
 
 PLAYERS = ["Alice", "Bob", "Claire", "Dave", "Eve"]
-# who they are, the start, who gets what, the trades, one swap, the question; and the objects
+
+
+@dataclass
+class Story:
+    """The sentences of one setting; {} is a player or an object."""
+
+    people: str
+    start: str
+    holding: str
+    trades: str
+    swap: str
+    end: str
+    objects: str
+
+
 STORIES = [
-    (
-        "are friends and avid readers who occasionally trade books.",
-        "At the start of the semester, they each buy one new book:",
-        "{} gets {}",
-        "As the semester proceeds, they start trading around the new books.",
-        "{} and {} swap books.",
-        "At the end of the semester, {} has",
-        "Ulysses, Frankenstein, Lolita, Hound of the Baskervilles, The Odyssey, Catch-22,"
-        " Moby Dick, The Great Gatsby, The Fellowship of the Ring, The Pearl",
+    Story(
+        people="are friends and avid readers who occasionally trade books.",
+        start="At the start of the semester, they each buy one new book:",
+        holding="{} gets {}",
+        trades="As the semester proceeds, they start trading around the new books.",
+        swap="{} and {} swap books.",
+        end="At the end of the semester, {} has",
+        objects="Ulysses, Frankenstein, Lolita, Hound of the Baskervilles, The Odyssey, "
+        "Catch-22, Moby Dick, The Great Gatsby, The Fellowship of the Ring, The Pearl",
     ),
-    (
-        "are dancers at a square dance.",
-        "At the start of a song, they each have a partner:",
-        "{} is dancing with {}",
-        "Throughout the song, the dancers often trade partners.",
-        "{} and {} switch partners.",
-        "At the end of the dance, {} is dancing with",
-        "Helga, Lola, Ophelia, Izzi, Melissa, Karl, Rodrigo, Jamie, Patrick, Sam",
+    Story(
+        people="are dancers at a square dance.",
+        start="At the start of a song, they each have a partner:",
+        holding="{} is dancing with {}",
+        trades="Throughout the song, the dancers often trade partners.",
+        swap="{} and {} switch partners.",
+        end="At the end of the dance, {} is dancing with",
+        objects="Helga, Lola, Ophelia, Izzi, Melissa, Karl, Rodrigo, Jamie, Patrick, Sam",
     ),
-    (
-        "are playing a game.",
-        "At the start of the game, they are each holding a ball:",
-        "{} has a {}",
-        "As the game progresses, pairs of players trade balls.",
-        "{} and {} swap balls.",
-        "At the end of the game, {} has the",
-        "brown ball, red ball, white ball, yellow ball, green ball, orange ball, blue ball,"
-        " purple ball, pink ball, black ball",
+    Story(
+        people="are playing a game.",
+        start="At the start of the game, they are each holding a ball:",
+        holding="{} has a {}",
+        trades="As the game progresses, pairs of players trade balls.",
+        swap="{} and {} swap balls.",
+        end="At the end of the game, {} has the",
+        objects="brown ball, red ball, white ball, yellow ball, green ball, "
+        "orange ball, blue ball, purple ball, pink ball, black ball",
     ),
-    (
-        "are holding a white elephant gift exchange.",
-        "At the start of the event, they are each holding a present of a different color:",
-        "{} has a {}",
-        "As the event progresses, pairs of people swap gifts.",
-        "{} and {} swap their gifts.",
-        "At the end of the event, {} has the",
-        "red present, black ball, white present, orange ball, purple present, pink ball,"
-        " blue present, yellow present, green present, brown present",
+    Story(
+        people="are holding a white elephant gift exchange.",
+        start="At the start of the event, they are each holding a present of a different color:",
+        holding="{} has a {}",
+        trades="As the event progresses, pairs of people swap gifts.",
+        swap="{} and {} swap their gifts.",
+        end="At the end of the event, {} has the",
+        objects="red present, black ball, white present, orange ball, purple present, "
+        "pink ball, blue present, yellow present, green present, brown present",
     ),
-    (
-        "are on the same team in a soccer match.",
-        "At the start of the match, they are each assigned to a position:",
-        "{} is playing {}",
-        "As the game progresses, pairs of players occasionally swap positions.",
-        "{} and {} trade positions.",
-        "At the end of the match, {} is playing",
-        "goalkeeper, left winger, center midfielder, cheerleader, right winger, benchwarmer,"
-        " right midfielder, striker, fullback, left midfielder",
+    Story(
+        people="are on the same team in a soccer match.",
+        start="At the start of the match, they are each assigned to a position:",
+        holding="{} is playing {}",
+        trades="As the game progresses, pairs of players occasionally swap positions.",
+        swap="{} and {} trade positions.",
+        end="At the end of the match, {} is playing",
+        objects="goalkeeper, left winger, center midfielder, cheerleader, right winger, "
+        "benchwarmer, right midfielder, striker, fullback, left midfielder",
     ),
 ]
 
 
 def tracking_shuffled_objects(rng, n):
     """Who has what after n swaps? The options' letters, as the n players hold them after each."""
-    people, start, holding, trades, swap, end, objects = rng.choice(STORIES)
+    story = rng.choice(STORIES)
     players = PLAYERS[:n]
-    things = rng.sample(objects.split(", "), n)
+    things = rng.sample(story.objects.split(", "), n)
     swaps = [rng.sample(players, 2) for _ in players]
     asked = rng.choice(players)
 
     def solve(held):
-        state = dict(zip(players, "ABCDE"))
-        steps = []
-        for number, (one, other) in enumerate(swaps):
-            taken, given = state[other], state[one]
-            first, last = number == 0, number == n - 1
-            if first and "takes the first swap for the start" in held:
-                pass
-            elif last and "stops before the last swap" in held:
-                pass
-            elif not (first or last) and "lets one give and not take after Then" in held:
-                state[other] = given
-            else:
-                state[one], state[other] = taken, given
-            steps.append(f"{one} {other} : {' '.join(state.values())}")
+        state, steps = swap_all(players, swaps, held)
         return f"{' , '.join(steps)} . {asked} : {state[asked]} .", f"({state[asked]})"
 
-    def listed(texts):
-        return f"{', '.join(texts[:-1])}, and {texts[-1]}"
-
-    said = []
+    told = []
     for number, pair in enumerate(swaps):
         word = {0: "First", n - 1: "Finally"}.get(number, "Then")
-        said.append(f"{word}, {swap.format(*pair)}")
-    held_first = listed([holding.format(*pair) for pair in zip(players, things)])
-    options = [f"({letter}) {thing}" for letter, thing in zip("ABCDE", things)]
+        told.append(f"{word}, {story.swap.format(*pair)}")
+    at_first = listed([story.holding.format(*pair) for pair in zip(players, things)])
     lines = [
-        f"{listed(players)} {people} {start} {held_first}.",
-        f"{trades} {' '.join(said)} {end.format(asked)}",
+        f"{listed(players)} {story.people} {story.start} {at_first}.",
+        f"{story.trades} {' '.join(told)} {story.end.format(asked)}",
         "Options:",
-        *options,
     ]
+    lines += [f"({letter}) {thing}" for letter, thing in zip("ABCDE", things)]
     return "\n".join(lines), solve
+
+
+def swap_all(players, swaps, held):
+    """({player: letter of what he has in the end}, a step for each swap)."""
+    state = dict(zip(players, "ABCDE"))
+    steps = []
+    for number, (one, other) in enumerate(swaps):
+        is_first = number == 0
+        is_last = number == len(swaps) - 1
+        left_out = (is_first and "takes the first swap for the start" in held) or (
+            is_last and "stops before the last swap" in held
+        )
+        one_sided = "lets one give and not take after Then" in held and not (is_first or is_last)
+        had = dict(state)
+        if not left_out:
+            state[other] = had[one]
+        if not left_out and not one_sided:
+            state[one] = had[other]
+        steps.append(f"{one} {other} : {' '.join(state.values())}")
+    return state, steps
+
+
+def listed(texts):
+    """`Alice, Bob, and Claire`"""
+    return f"{', '.join(texts[:-1])}, and {texts[-1]}"
 
 
 def tracking_shuffled_objects_three_objects(rng):
@@ -262,12 +283,12 @@ def split_of(question):
 def draw_puzzle(rng, split, task, hard=HARD):
     """One puzzle of that split, (question, solve): with probability `hard` one that needs all three
     kinds of step."""
-    hard = rng.random() < hard
+    needs_all = rng.random() < hard
     while True:
         question, solve = TASKS[task](rng)
         if split_of(question) != split:
             continue
-        if not hard or all(is_wrong(solve, belief) for belief in MISCONCEPTIONS[task]):
+        if not needs_all or all(is_wrong(solve, belief) for belief in MISCONCEPTIONS[task]):
             return question, solve
 
 

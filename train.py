@@ -380,10 +380,10 @@ def pick_responses(rng, row, args):
 def some_of(rng, team, args):
     """The team of one prompt, as --random_team and --random_order have it."""
     size = rng.randint(1, len(team)) if args.random_team else len(team)
-    if args.random_order:
-        return rng.sample(team, size)
-    places = sorted(rng.sample(range(len(team)), size))
-    return [team[place] for place in places]
+    chosen = rng.sample(team, size)
+    if not args.random_order:
+        chosen.sort(key=team.index)
+    return chosen
 
 
 def write_prompts(args, run, leader, rows):

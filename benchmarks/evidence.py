@@ -47,9 +47,9 @@ SAMPLES = 14  # first responses of each agent to each question
 LONGEST = 120  # new tokens
 TEAM = ["tiny/agent1", "tiny/agent2", "tiny/agent3"]
 
-# name: (start, what is added to the command). Start: "sft", from the seed's SFT leader; "tiny",
-# from the untrained one; "own", with an SFT phase of its own.
 GRPO = "--agents none --lr 4e-4"  # tuned on validation questions too: 1e-4 has learned nothing yet
+# name: (start, what is added to the command). Start: "sft", from the seed's SFT leader; "own", with
+# an SFT phase of its own; else the leader's name, without SFT.
 VARIANTS = {
     "sft": ("own", "--steps 0"),  # makes the seed's proposals as well
     "mlpo": ("sft", ""),
@@ -79,6 +79,7 @@ VARIANTS = {
 }
 OWN_PROPOSALS = ("sft", "same")  # all others have those of the seed's `sft`
 LEADERS = {"sometimes": 0.7, "often": 0.4}  # make.ALONE of each; the built-in leader's is larger
+OFFICIALLY = ("untrained", "sft", "mlpo", "grpo")  # these are asked the official files
 # other agents: which misconception of each task, in the tasks' order, each holds
 MORE_AGENTS = {"agent4": [1, 2, 0, 0], "agent5": [2, 0, 1, 1], "agent6": [0, 1, 2, 2]}
 
@@ -125,9 +126,7 @@ def plan(args):
         official = "bbh/alone bbh/three:1"
         parts += [
             [("say", "bbh", name) for name in TEAM],
-            each(
-                seeds, *[("look", name, official) for name in ("untrained", "sft", "mlpo", "grpo")]
-            ),
+            each(seeds, *[("look", name, official) for name in OFFICIALLY]),
             each(seeds, ("baselines", "three", "bbh")),
         ]
     return parts
@@ -308,7 +307,7 @@ def final_sentence(text):
 
 
 def tasks_of(args, which):
-    """The test questions: of tiny, or 100 of each of the official files of its tasks (`bbh`)."""
+    """The test questions: of tiny, or a third as many of each of the official files (`bbh`)."""
     if which == "tiny":
         return list(data.load_tasks("tiny", "test", args.questions, QUESTIONS_SEED))
     tasks = []
@@ -327,7 +326,6 @@ def say(args, which, name):
     for completions in agent.answer(prompts, SAMPLES, max_new_tokens=LONGEST):
         said.append([[c.text, len(c.ids), len(c.prompt_ids)] for c in completions])
     runs.write_json(said_path(args, which, name), said)
-    return [{"variant": which, "seed": None, "mode": "tasks", "tasks": [t["task"] for t in tasks]}]
 
 
 def said_path(args, which, name):
@@ -481,11 +479,11 @@ def pick(args, variant, team, seed):
     leader = train_to_pick(args, variant, seed)
     tasks = tasks_of(args, "tiny")
     first = first_responses(args, team, "tiny", seed)
-    right = []
+    picked = []
     for task, responses in zip(tasks, first):
         scores = preferences(leader, task["question"], [c.text for c in responses])
-        right.append(is_right(responses[int(scores.argmax())].text, task))
-    return [new_row(variant, seed, f"{team}:1", first, right)]
+        picked.append([responses[int(scores.argmax())]])
+    return [new_row(variant, seed, f"{team}:1", first, score("agent", tasks, picked))]
 
 
 @torch.enable_grad()
@@ -505,7 +503,9 @@ def train_to_pick(args, variant, seed, batch=16, lr=5e-4):
             task = rng.choice(tasks)
             texts = [rng.choice(of_agent) for of_agent in cached[task["question"]]]
             rng.shuffle(texts)
-            right = torch.tensor([is_right(text, task) for text in texts])
+            answers = [extract_agent_answer(text) for text in texts]
+            right = [is_correct(answer, task["answer"], task["question"]) for answer in answers]
+            right = torch.tensor(right)
             if right.any() and not right.all():
                 scores = preferences(leader, task["question"], texts)
                 losses.append(scores.logsumexp(0) - scores[right].logsumexp(0))
@@ -516,10 +516,6 @@ def train_to_pick(args, variant, seed, batch=16, lr=5e-4):
         torch.nn.utils.clip_grad_norm_(leader.model.parameters(), 1.0)
         optimizer.step()
     return leader
-
-
-def is_right(text, task):
-    return is_correct(extract_agent_answer(text), task["answer"], task["question"])
 
 
 def debate(args, team, seed, rounds=2):
@@ -538,9 +534,8 @@ def debate(args, team, seed, rounds=2):
             for task, responses in zip(tasks, said):
                 advice = as_output(responses[(k + 1) % len(responses)].text)
                 prompts.append(agents.agent_messages(task["question"], responses[k].text, advice))
-            for of_question, [completion] in zip(
-                refined, agent.answer(prompts, max_new_tokens=LONGEST)
-            ):
+            answers = agent.answer(prompts, max_new_tokens=LONGEST)
+            for of_question, [completion] in zip(refined, answers):
                 of_question.append(completion)
         said = refined
         everything = [[*old, *new] for old, new in zip(everything, said)]
@@ -556,11 +551,12 @@ def self_consistency(args, variant, seed):
     prompts = [agents.leader_messages(task["question"]) for task in tasks]
     team = first_responses(args, "three", "tiny", seed)
     torch.manual_seed(seed)
-    said = leader.answer(prompts, 20, 0.7, LONGEST)  # usual for votes; at 1 they are worse
+    said = leader.answer(prompts, 20, 0.7, LONGEST)  # usual for votes; more than are needed
     written = sum(len(c.ids) for of_question in team for c in of_question)
     read = sum(len(c.prompt_ids) for of_question in team for c in of_question)
     own = sum(len(of_question[0].ids) for of_question in said)
-    equal = min(20, max(1, round((2 * written + read + own) / own)))  # the team's words twice: read
+    # the leader with its team writes once, and reads what the agents wrote
+    equal = round((2 * written + read + own) / own)
     rows = []
     for mode, n in (("votes of 5", 5), ("votes, as many tokens", equal)):
         some = [of_question[:n] for of_question in said]

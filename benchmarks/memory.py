@@ -11,8 +11,8 @@ weights, L layers, h hidden, I inner, kv key-value, V vocabulary size. b bytes: 
     agent       2 N of the largest agent (--agent): they are bf16 and take turns; and its cache
     cache       2 L kv b (P + G R) for each prompt that is sampled at one time: what has room in
                 1 GiB of a CPU, in a quarter of a GPU (--gpu_gb), as sampling.room_for_tokens says.
-                Without grouped heads (1.7B, SmolLM2's) kv is h, and a token takes eight times as
-                much as in Qwen2.5-0.5B: fewer prompts at a time
+                Without grouped heads (1.7B, SmolLM2's) kv is h, and a token takes 16 times as much
+                as in Qwen2.5-0.5B: fewer prompts at a time
     activations (L + 1) times b [t (4 I + 4 h) + 2 h (P + R) rows] + 16 t h: what a layer keeps, and
                 the gradient of one; t is P + G R for each prompt of a micro-batch, rows are G
     logits      4 copies in float32 of the rows in sampling, of 1,024 tokens in training
@@ -52,7 +52,7 @@ def sizes(kind):
     return sum(p.numel() for p in model.parameters()), h, inner, layers, h // heads * kv, vocabulary
 
 
-def room_of(kind, args):
+def cache_room(kind, args):
     """How many tokens' keys and values the cache of this model may hold, and the bytes of one."""
     _, _, _, layers, kv, _ = sizes(kind)
     if args.device == "cpu":
@@ -64,7 +64,7 @@ def room_of(kind, args):
 
 def shape(kind, args):
     """Prompts that are sampled at one time, and prompts in a training micro-batch."""
-    room, _ = room_of(kind, args)
+    room, _ = cache_room(kind, args)
     shared = args.prompt + args.group * args.completion
     copies = args.group * (args.prompt + args.completion)
     asked = min(args.questions, max(1, room // shared))
@@ -75,7 +75,7 @@ def shape(kind, args):
 def agent_bytes(args):
     """The largest agent's weights, and its cache for a step's worth of questions."""
     asked, _, _ = shape(args.agent, args)
-    _, token = room_of(args.agent, args)
+    _, token = cache_room(args.agent, args)
     tokens = asked * (args.prompt + args.group * args.completion)
     return 2 * sizes(args.agent)[0] + tokens * token
 

@@ -32,7 +32,7 @@ from shared_prompt import SharedPromptCache  # noqa: E402
 
 SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
 MODELS = {  # architecture, vocabulary, and these
-    "tiny": ("llama", 368, 128, 384, 4, 4, 4),  # the built-in leader
+    "tiny": ("llama", 363, 128, 384, 4, 4, 4),  # the built-in leader
     "5M": ("qwen2", 2048, 256, 768, 6, 4, 2),
     "0.5B": ("qwen2", 151936, 896, 4864, 24, 14, 2),  # Qwen2.5
     "1.5B": ("qwen2", 151936, 1536, 8960, 28, 12, 2),

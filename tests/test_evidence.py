@@ -152,7 +152,7 @@ def test_measurements_of_what_needs_no_training(tmp_path):
     args = settings(tmp_path)
     rows = []
     for name in evidence.TEAM:
-        rows += evidence.say(args, "tiny", name)
+        evidence.say(args, "tiny", name)
     rows += evidence.baselines(args, "three", "tiny", 10)
     rows += evidence.look(args, "untrained", "alone three:2 same:1 finals:1 shuffled:1", 10)
     rows += evidence.debate(args, "three", 10)

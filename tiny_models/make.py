@@ -45,9 +45,8 @@ BELIEFS = {  # which misconception each agent holds in each task
 PRACTICE = [3, 3, 2, 2]  # how often each task comes in the lessons: the hard ones oftener
 REFINING = {"school": 0.08, "agent": 0.35}  # share of lessons: the turn in which agents refine
 ALONE = 0.9  # how often the leader follows each misconception when nobody helps it
-WORD = (
-    r"</?[a-z]+>|\([A-Z]\)|-?\d+|[A-Za-z]+|[^\sA-Za-z0-9]"  # tags, options, numbers, words, signs
-)
+# tags, options, numbers, words, signs
+WORD = r"</?[a-z]+>|\([A-Z]\)|-?\d+|[A-Za-z]+|[^\sA-Za-z0-9]"
 SPECIAL = ["<pad>", "<unk>", "<|user|>", "<|assistant|>", "<|end|>"]
 TEMPLATE = (
     "{#- no system message, on purpose #}"  # agents.WITHOUT_SYSTEM: else it would be put elsewhere
@@ -103,7 +102,8 @@ def build_model(tokenizer):
 def lesson(rng, who, alone=ALONE):
     """One training example of that model: (messages, what it should say)."""
     [task] = rng.choices(list(TASKS), PRACTICE)
-    question, solve = draw_puzzle(rng, "train", task, hard=HARD if who != "school" else 0.0)
+    hard = 0.0 if who == "school" else HARD  # who begins learns from short ones too
+    question, solve = draw_puzzle(rng, "train", task, hard)
     beliefs = MISCONCEPTIONS[task]
     if who == "leader":
         return leader_lesson(rng, question, solve, beliefs, alone)
@@ -205,15 +205,15 @@ def main():
         official.update(question_hash(row["question"])[:12] for row in rows)
         runs.write_text(OFFICIAL, "\n".join(sorted(official)) + "\n")
     WORK.mkdir(exist_ok=True)
-    study("school", build_model(build_tokenizer()), build_tokenizer(), WORK, STEPS["school"])
+    tokenizer = build_tokenizer()
+    study("school", build_model(tokenizer), tokenizer, WORK, STEPS["school"])
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:  # a core for each
-        list(pool.map(make_model, args.only))
+        list(pool.map(make_model, args.only, itertools.repeat(tokenizer)))
 
 
-def make_model(who):
+def make_model(who, tokenizer):
     """All went to the same school and then became who they are."""
     torch.set_num_threads(1)
-    tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     study("school", model, tokenizer, WORK, STEPS["school"])  # is done: its weights
     study(who, model, tokenizer, WORK, STEPS[who], decay=0.6)
