@@ -255,6 +255,14 @@ def test_a_step_of_flat_groups_moves_nothing_whatever_the_momentum(tmp_path):
 # --------------------------------------------------------------------------------------- Ctrl-C
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """Also where the tests run in the background of a shell, which has Ctrl-C ignored there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def press_ctrl_c():
     signal.raise_signal(signal.SIGINT)
 
