@@ -10,12 +10,15 @@ gradients. `--plain` switches this file off, so that both can be timed.
 """
 
 import torch
-from transformers import AttentionInterface, DynamicCache
+import torch.nn.functional as F
+from transformers import DynamicCache
 
 from grpo import token_logprobs
 from sampling import autocast, pad, read_prompts
 
 # ------------------------------------------------------------------------------------ sampling
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral")  # SmolLM2 is a llama, Qwen2.5 a qwen2
 
 
 class SharedPromptCache:
@@ -34,100 +37,158 @@ class SharedPromptCache:
         """As PlainCache.read."""
         prefill = read_prompts(model, prompt_ids, prompt_mask)
         cache = cls()
-        cache.prompt = []  # a layer's keys and values: (B, kv heads, P, d) each
-        cache.own = []  # likewise: (rows, kv heads, max_new_tokens, d) each
-        for layer in prefill.past_key_values.layers:
-            b, heads, _, d = layer.keys.shape
-            buffer = (b * n, heads, max_new_tokens, d)
-            cache.prompt.append((layer.keys, layer.values))
-            cache.own.append((layer.keys.new_empty(buffer), layer.values.new_empty(buffer)))
+        cache.layers = []
+        for layer, of_prompt in zip(model.model.layers, prefill.past_key_values.layers):
+            cache.layers.append(LayerCache(layer, of_prompt, n, max_new_tokens))
         # added to scores: 0, and -inf at the padding
         cache.prompt_bias = prompt_mask.float().log()[:, None, None]  # (B, 1, 1, P)
         cache.length = 0  # how many tokens of its own each row has
+        positions = torch.arange(prompt_ids.shape[1] + max_new_tokens, device=model.device)
+        like = model.model.embed_tokens.weight  # its dtype
+        cos, sin = model.model.rotary_emb(like, positions[None])
+        cache.cos, cache.sin = cos[0], sin[0]  # (P + max_new_tokens, d): the rotation at each place
         return cache, prefill.logits[:, -1].repeat_interleave(n, 0)
 
     def step(self, model, token, position):
-        """Logits (rows, V) of what follows `token`, (rows, 1), which stands at `position`."""
+        """Logits (rows, V) of what follows `token`, (rows, 1), which stands at `position`.
+
+        This is all that a Llama does for one token: in each layer it looks back at what was read
+        (attention), then thinks about what it saw (a gated network), and adds both to x.
+        """
+        decoder = model.model
         self.length += 1
-        # transformers looks the attention function up by this name in every forward pass; the
-        # prompt's own pass and training use the model's usual one, so it is set back
-        config = model.config.get_text_config()
-        usual = config._attn_implementation
-        config._attn_implementation = "shared_prompt"
-        try:
-            output = model(token, position_ids=position, use_cache=False, prompt_cache=self)
-        finally:
-            config._attn_implementation = usual
-        return output.logits[:, -1]
+        cos = self.cos[position]  # (rows, 1, d)
+        sin = self.sin[position]
+        x = decoder.embed_tokens(token[:, 0])  # (rows, D)
+        for layer, cache in zip(decoder.layers, self.layers):
+            y = rms_norm(x, layer.input_layernorm)
+            query, key, value = cache.project(y, layer.self_attn)  # (rows, heads, d) each
+            query = rotate(query, cos, sin)
+            cache.append(rotate(key, cos, sin), value, self.length)
+            seen = cache.attend(query * layer.self_attn.scaling, self.prompt_bias, self.length)
+            x = x + layer.self_attn.o_proj(seen)
+            y = rms_norm(x, layer.post_attention_layernorm)
+            gate, up = F.linear(y, *cache.gate_up).chunk(2, dim=-1)  # (rows, intermediate) each
+            x = x + layer.mlp.down_proj(layer.mlp.act_fn(gate) * up)
+        return model.lm_head(rms_norm(x, decoder.norm))
 
     def keep(self, kept):
         """Only these rows, and the prompts that have any of them, go on."""
-        self.own = [(keys[kept.rows], values[kept.rows]) for keys, values in self.own]
-        if kept.prompts.all():
-            return
-        self.prompt = [(keys[kept.prompts], values[kept.prompts]) for keys, values in self.prompt]
+        for cache in self.layers:
+            cache.keep(kept, self.length)
         self.prompt_bias = self.prompt_bias[kept.prompts]
 
 
-def shared_prompt_attention(
-    module, query, key, value, attention_mask, scaling=None, prompt_cache=None, **unused
-):
-    """Attention of each row's new token to its group's prompt and to the row's own text:
-    softmax([q K_prompt^T, q K_own^T] / sqrt(d)) [V_prompt; V_own], in two parts that meet in the
-    softmax. The scores against a prompt are one matrix product for its whole group, so that the
-    prompt is read once per token, not once per row.
+def rms_norm(x, norm):
+    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
-    With grouped-query attention `sharing` query heads read each key-value head; they too go into
-    that product. Shapes, for B prompts with G rows each, rows = B G, t own tokens:
 
-        query        (rows, heads, 1, d)   heads = kv_heads x sharing
-        key, value   (rows, kv_heads, 1, d)
-        prompt       (B, kv_heads, P, d)     by group: (B, kv_heads, G x sharing, ...)
-        own          (rows, kv_heads, t, d)  by row:   (rows, kv_heads, sharing, ...)
+def rotate(x, cos, sin):
+    """Rotary positions: pairs of numbers, half a head apart, turned by an angle that grows with the
+    position. x: (rows, heads, d); cos, sin: (rows, 1, d)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def join(*linears):
+    """Weight and bias of one matrix product in place of several of the same input, in the dtype
+    that is computed in. It is a copy, and lies in memory by columns, which is faster for few rows.
     """
-    prompt_keys, prompt_values = prompt_cache.prompt[module.layer_idx]
-    own_keys, own_values = prompt_cache.own[module.layer_idx]
-    now = prompt_cache.length
-    own_keys[:, :, now - 1] = key[:, :, 0]
-    own_values[:, :, now - 1] = value[:, :, 0]
-    own_keys = own_keys[:, :, :now]
-    own_values = own_values[:, :, :now]
-
-    prompts, kv_heads, prompt_length, d = prompt_keys.shape
-    rows, heads = query.shape[:2]
-    group = rows // prompts
-    sharing = heads // kv_heads
-
-    def by_group(x):  # (rows, kv_heads, sharing, ...) -> (B, kv_heads, G x sharing, ...)
-        x = x.view(prompts, group, kv_heads, sharing, -1).transpose(1, 2)
-        return x.reshape(prompts, kv_heads, group * sharing, -1)
-
-    def by_row(x):  # the way back
-        x = x.view(prompts, kv_heads, group, sharing, -1).transpose(1, 2)
-        return x.reshape(rows, kv_heads, sharing, -1)
-
-    query = (query * scaling).view(rows, kv_heads, sharing, d)
-    to_prompt = by_group(query) @ prompt_keys.transpose(2, 3) + prompt_cache.prompt_bias
-    to_own = by_group(query @ own_keys.transpose(2, 3))
-    scores = torch.cat([to_prompt, to_own], dim=-1).float()  # (B, kv_heads, G x sharing, P + t)
-    weights = scores.softmax(dim=-1).to(value.dtype)
-    from_prompt = weights[..., :prompt_length] @ prompt_values
-    from_own = by_row(weights[..., prompt_length:]) @ own_values
-    output = by_row(from_prompt) + from_own  # (rows, kv_heads, sharing, d)
-    return output.reshape(rows, 1, heads, d), None
+    weight = torch.cat([linear.weight for linear in linears]).t().contiguous().t()
+    bias = None
+    if linears[0].bias is not None:
+        bias = torch.cat([linear.bias for linear in linears])
+    if torch.is_autocast_enabled(weight.device.type):
+        weight = weight.to(torch.get_autocast_dtype(weight.device.type))
+    return weight, bias
 
 
-AttentionInterface.register("shared_prompt", shared_prompt_attention)
+class LayerCache:
+    """One layer's part. B prompts with G rows each, rows = B G; t tokens of their own so far. With
+    grouped-query attention `sharing` query heads read each key-value head:
+
+        query             (rows, heads, d)   heads = kv_heads x sharing
+        prompt_keys       (B, kv_heads, d, P), transposed once
+        prompt_values     (B, kv_heads, P, d)
+        own_keys, values  (rows, kv_heads, max_new_tokens, d)
+    """
+
+    def __init__(self, layer, of_prompt, n, max_new_tokens):
+        attention = layer.self_attn
+        self.qkv = join(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.gate_up = join(layer.mlp.gate_proj, layer.mlp.up_proj)
+        self.prompt_keys = of_prompt.keys.transpose(2, 3).contiguous()
+        self.prompt_values = of_prompt.values
+        prompts, kv_heads, _, d = of_prompt.values.shape
+        self.own_keys = of_prompt.values.new_empty(prompts * n, kv_heads, max_new_tokens, d)
+        self.own_values = torch.empty_like(self.own_keys)
+
+    def project(self, y, attention):
+        """Query (rows, heads, d), key and value (rows, kv_heads, d) of y, (rows, D)."""
+        _, kv_heads, _, d = self.own_keys.shape
+        qkv = F.linear(y, *self.qkv).view(len(y), -1, d)  # (rows, heads + 2 kv_heads, d)
+        query, key, value = qkv.split([qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+        if hasattr(attention, "q_norm"):  # Qwen3
+            query = rms_norm(query, attention.q_norm)
+            key = rms_norm(key, attention.k_norm)
+        return query, key, value
+
+    def append(self, key, value, length):
+        """As the last of `length` own tokens."""
+        self.own_keys[:, :, length - 1] = key
+        self.own_values[:, :, length - 1] = value
+
+    def attend(self, query, prompt_bias, length):
+        """softmax([q K_prompt^T, q K_own^T]) [V_prompt; V_own], (rows, heads d), in two parts that
+        meet in the softmax. The scores against a prompt are one matrix product for its whole group,
+        and for the heads that share, so that the prompt is read once per token, not once per row.
+        """
+        own_keys = self.own_keys[:, :, :length]
+        own_values = self.own_values[:, :, :length]
+        prompts, kv_heads, prompt_length, d = self.prompt_values.shape
+        rows, heads, _ = query.shape
+        group = rows // prompts
+        sharing = heads // kv_heads
+
+        def by_group(x):  # (rows, kv_heads, sharing, ...) -> (B, kv_heads, G x sharing, ...)
+            x = x.view(prompts, group, kv_heads, sharing, -1).transpose(1, 2)
+            return x.reshape(prompts, kv_heads, group * sharing, -1)
+
+        def by_row(x):  # the way back
+            x = x.view(prompts, kv_heads, group, sharing, -1).transpose(1, 2)
+            return x.reshape(rows, kv_heads, sharing, -1)
+
+        query = query.view(rows, kv_heads, sharing, d)
+        to_prompt = by_group(query) @ self.prompt_keys + prompt_bias
+        to_own = by_group(query @ own_keys.transpose(2, 3))
+        scores = torch.cat([to_prompt, to_own], dim=-1).float()  # (B, kv_heads, G x sharing, P + t)
+        weights = scores.softmax(dim=-1).to(own_values.dtype)
+        from_prompt = weights[..., :prompt_length] @ self.prompt_values
+        from_own = by_row(weights[..., prompt_length:]) @ own_values
+        return (by_row(from_prompt) + from_own).reshape(rows, heads * d)
+
+    def keep(self, kept, length):
+        """Only these rows go on. What is not written yet need not be copied."""
+        keys, values = self.own_keys, self.own_values
+        room = (len(kept.rows), *keys.shape[1:])
+        self.own_keys = keys.new_empty(room)
+        self.own_values = values.new_empty(room)
+        self.own_keys[:, :, :length] = keys[kept.rows, :, :length]
+        self.own_values[:, :, :length] = values[kept.rows, :, :length]
+        if not kept.prompts.all():
+            self.prompt_keys = self.prompt_keys[kept.prompts]
+            self.prompt_values = self.prompt_values[kept.prompts]
 
 
 def can_sample_with_shared_prompt(model):
-    """Whether the two-part attention above is this model's own: plain, over the whole context."""
+    """Whether `step` is what this model does: a plain architecture over the whole context, with
+    angles that do not change as the text grows, and weights that are plain matrices."""
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None)
-    cap = getattr(config, "attn_logit_softcapping", None)
-    plain = layers == {"full_attention"} and not window and not cap
-    return plain and model._supports_attention_backend
+    if model.config.model_type not in ARCHITECTURES or layers != {"full_attention"} or window:
+        return False
+    return model.model.rotary_emb.rope_type not in ("dynamic", "longrope")
 
 
 # ------------------------------------------------------------------------------------ training
