@@ -13,6 +13,8 @@ weights, L layers, h hidden, I inner, kv key-value, V vocabulary size. b bytes: 
                 1 GiB of a CPU, in a quarter of a GPU (--gpu_gb), as sampling.room_for_tokens says.
                 Without grouped heads (1.7B, SmolLM2's) kv is h, and a token takes 16 times as much
                 as in Qwen2.5-0.5B: fewer prompts at a time
+    joined      L h (h + 2 kv + 2 I) b: the first matrices of each layer, copied by
+                shared_prompt.join while a model samples
     activations (L + 1) times b [t (4 I + 4 h) + 2 h (P + R) rows] + 16 t h: what a layer keeps, and
                 the gradient of one; t is P + G R for each prompt of a micro-batch, rows are G
     logits      4 copies in float32 of the rows in sampling, of 1,024 tokens in training
@@ -38,7 +40,7 @@ import sampling  # noqa: E402
 import train  # noqa: E402
 from shared_prompt import SharedPromptCache  # noqa: E402
 
-FRAME = "{:6}" + "{:>10}" * 13
+FRAME = "{:6}" + "{:>10}" * 14
 
 
 def sizes(kind):
@@ -72,12 +74,18 @@ def shape(kind, args):
     return asked, min(args.questions, max(1, args.tokens_per_batch // per_group)), room
 
 
+def joined_bytes(kind, b):
+    """What shared_prompt.join copies of this model, in numbers of b bytes."""
+    _, h, inner, layers, kv, _ = sizes(kind)
+    return layers * h * (h + 2 * kv + 2 * inner) * b
+
+
 def agent_bytes(args):
     """The largest agent's weights, and its cache for a step's worth of questions."""
     asked, _, _ = shape(args.agent, args)
     _, token = cache_room(args.agent, args)
     tokens = asked * (args.prompt + args.group * args.completion)
-    return 2 * sizes(args.agent)[0] + tokens * token
+    return 2 * sizes(args.agent)[0] + joined_bytes(args.agent, 2) + tokens * token
 
 
 def compute(kind, args):
@@ -91,9 +99,10 @@ def compute(kind, args):
     cache, copy = 2 * layers * kv * b * asked * (p + g * r), 2 * n if b == 2 else 0
     logits = [16 * vocabulary * tokens for tokens in (asked * g, min(1024, rows * r))]
     columns = {"weights": 4 * n, "gradients": 4 * n, "AdamW": 8 * n, "copy": copy}
-    columns |= {"agent": agent_bytes(args), "cache": cache, "logits": logits[0]}
+    joined = joined_bytes(kind, b)
+    columns |= {"agent": agent_bytes(args), "cache": cache, "joined": joined, "logits": logits[0]}
     columns |= {"activ.": active, " logits": logits[1]}
-    sampling, training = 4 * n + cache + logits[0], 16 * n + copy + active + logits[1]
+    sampling, training = 4 * n + cache + joined + logits[0], 16 * n + copy + active + logits[1]
     return columns | {"sampling": sampling, "meas.": None, "training": training, " meas.": None}
 
 

@@ -84,12 +84,14 @@ def force_lengths(model, lengths, eos=1):
 
     def goes_in(module, args):
         nonlocal ids, step
-        ids, step = args[0], 0 if args[0].shape[1] > 1 else step + 1  # a prompt: begin again
+        ids = args[0].view(len(args[0]), -1)  # (rows, tokens), or (rows,) from shared_prompt.py
+        step = 0 if ids.shape[1] > 1 else step + 1  # a prompt: begin again
 
     def comes_out(module, args, logits):
         row = (ids[:, -1] if step > 1 else torch.arange(len(ids), device=device)) % g
         no = torch.where((due[row] == step + 1)[:, None], token != eos, barred[row])
-        logits[:, -1].masked_fill_(no if differ and step else token == eos, -torch.inf)
+        last = logits.view(len(ids), -1, logits.shape[-1])[:, -1]  # (rows, V)
+        last.masked_fill_(no if differ and step else token == eos, -torch.inf)
 
     inside, outside = model.get_input_embeddings(), model.get_output_embeddings()
     with inside.register_forward_pre_hook(goes_in), outside.register_forward_hook(comes_out):
