@@ -129,9 +129,15 @@ def plot_curves(metrics, path):
         mean = f"mean of {2 * SMOOTHED + 1} steps"
         left.plot(steps, smooth(rewards), color="black", label=mean)
     left.set(title="Mean reward of samples")
+    sft_steps = sum(row["phase"] == "sft" for row in metrics)
+    if sft_steps:
+        right.axvspan(-sft_steps, 0, color=GRAY, alpha=0.2, linewidth=0, label="SFT")
     for mode, color in (("alone", BLUE), ("team", ORANGE)):
         looks = [row for row in metrics if mode in row]
-        steps = [row["step"] for row in looks]
+        steps = []
+        for row in looks:
+            before = sft_steps if row["during"] == "sft" else 0
+            steps.append(row["step"] - before)
         shares = [100 * row[mode] for row in looks]
         if looks:
             right.plot(steps, shares, "o-", color=color, label=f"leader, {mode}")

@@ -228,7 +228,7 @@ def train(args, run):
     hard, kept = drop_easy(args, proposals)
     write_prompts(args, run, leader, kept)
     if args.sft_steps and not sft_done:
-        sft(args, run, leader, hard)
+        sft(args, run, leader, hard, held_out)
     if not (run / "leader").exists():
         mlpo(args, run, leader, team, kept, held_out)
 
@@ -412,7 +412,7 @@ class Example:
     learned: list
 
 
-def sft(args, run, leader, rows):
+def sft(args, run, leader, rows, held_out):
     """Supervised steps on the team's own responses. Leaves `leader_sft/`."""
     rows = [row for row in rows if any(any(right) for right in row["right"].values())]
     rows = rows[: args.sft_questions]
@@ -422,6 +422,8 @@ def sft(args, run, leader, rows):
     phase = runs.Phase(run, "sft", args.sft_steps, args.save_steps, leader.model, optimizer)
     with phase:
         for step in phase.steps():
+            if step == 0:
+                look_at_validation(args, run, phase, leader, held_out)
             rng = seed_everything(args.seed, "sft", step)
             batch = []
             for row in rng.choices(rows, k=args.sft_batch):

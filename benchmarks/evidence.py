@@ -257,7 +257,7 @@ def rows_of_training(out, variant, seed, command):
     rows = [{**row, "mode": "training", "tokens": tokens_of_training(out)}]
     metrics = runs.read_jsonl(out / "metrics.jsonl")
     for who in ("alone", "team"):
-        looks = [m for m in metrics if m["phase"] == "validation" and who in m]
+        looks = [m for m in metrics if m["during"] == "mlpo" and who in m]
         curve = [[look["step"], look[who]] for look in looks]
         rows.append({**row, "mode": f"curve {who}", "curve": curve})
     return rows

@@ -174,7 +174,8 @@ def make_run(path, **changes):
     metrics = [{"phase": "sft", "step": 0, "loss": 2.0}]
     for step in range(40):
         if step % 20 == 0:
-            row = {"phase": "validation", "step": step, "alone": 0.3 + step / 100}
+            row = {"phase": "validation", "during": "mlpo", "step": step}
+            row["alone"] = 0.3 + step / 100
             team = {} if config["agents"] == ["none"] else {"team": 0.4 + step / 100}
             metrics.append(row | team)
         metrics.append({"phase": "mlpo", "step": step, "reward": 0.2 + step / 100 + step % 3 / 10})

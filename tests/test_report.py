@@ -127,11 +127,14 @@ def test_the_legend_names_only_what_is_there(results, figures):
 
 
 def test_curves(figures):
-    metrics = [{"phase": "sft", "step": 0, "loss": 2.0}]
+    before = {"phase": "validation", "during": "sft", "step": 0, "alone": 0.1, "team": 0.2}
+    metrics = [before]
+    for step in range(4):
+        metrics.append({"phase": "sft", "step": step, "loss": 2.0})
     for step in range(20):
         if step % 10 == 0:
-            look = {"phase": "validation", "step": step, "alone": 0.1, "team": step / 20}
-            metrics.append(look)
+            look = {"phase": "validation", "during": "mlpo", "step": step}
+            metrics.append({**look, "alone": 0.1, "team": step / 20})
         metrics.append({"phase": "mlpo", "step": step, "reward": float(step)})
     report.plot_curves(metrics, "unused.png")
     left, right = figures[0].axes
@@ -139,9 +142,10 @@ def test_curves(figures):
     assert list(rewards.get_ydata()) == list(range(20))
     assert means.get_ydata()[10] == 10 and means.get_ydata()[0] == 2.5  # of steps 0 to 5
     alone, team = right.lines
-    assert list(alone.get_ydata()) == [10, 10] and list(team.get_ydata()) == [0, 50]
-    assert list(team.get_xdata()) == [0, 10]
+    assert list(alone.get_ydata()) == [10, 10, 10] and list(team.get_ydata()) == [20, 0, 50]
+    assert list(team.get_xdata()) == [-4, 0, 10]  # four steps of SFT end at 0
     assert [text.get_text() for text in right.get_legend().get_texts()] == [
+        "SFT",
         "leader, alone",
         "leader, team",
     ]

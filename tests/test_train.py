@@ -353,11 +353,12 @@ def test_sft_sees_the_first_questions_only(tmp_path, monkeypatch):
         raise ZeroDivisionError
 
     monkeypatch.setattr(train, "sft_example", example)
+    monkeypatch.setattr(train, "look_at_validation", lambda *_: None)
     args = train.Arguments(sft_questions=3, sft_steps=1, out=str(tmp_path))
     for seed in range(20):
         args.seed = seed
         with pytest.raises(ZeroDivisionError):
-            train.sft(args, tmp_path, agents.load_model("tiny"), rows)
+            train.sft(args, tmp_path, agents.load_model("tiny"), rows, [])
     assert seen == {"0", "1", "2"}
 
 
