@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import re
@@ -152,7 +153,8 @@ def defuse(tokenizer, messages):
 #                                 by keyword: temperature, max_new_tokens, bar (or None)
 #     fingerprint(**settings)     a string that changes when its responses would; by keyword:
 #                                 prompt (of an empty question), temperature, max_new_tokens
-# LocalModel and servers.ServedModel are two; `--agents solver.py#Name` takes one of your own.
+# LocalModel and servers.ServedModel are two; `--agents solver.py#Name` takes one of your own, or a
+# plain function from a question to a response.
 
 
 @dataclass
@@ -194,6 +196,31 @@ class LocalModel:
             bits = weight.data.to("cpu", torch.bfloat16).contiguous()
             mark.update(bits.view(torch.int16).numpy())
         return mark.hexdigest()[:16]
+
+
+class FunctionAgent:
+    """An agent that is a function: a question's text in, a response out. In the turn in which
+    others refine it says the same again."""
+
+    def __init__(self, function, path):
+        self.name = function.__name__
+        self.function = function
+        self.path = path
+
+    def answer(self, prompts, n=1, temperature=1.0, max_new_tokens=256, bar=None):
+        """For every prompt, a list of chat messages, n `Completion`s."""
+        groups = []
+        for messages in prompts:
+            asked = [message["content"] for message in messages if message["role"] == "user"]
+            question = asked[0].removeprefix("Question: ")
+            groups.append([Completion(self.function(question)) for _ in range(n)])
+        if bar is not None:
+            bar.update(n * len(prompts))
+        return groups
+
+    def fingerprint(self, **settings):
+        """Of its file: what it says may change with it."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
 
 
 def load_model(
@@ -293,7 +320,8 @@ def load_team(spec, device="cpu", journal=None, **options):
 
 
 def load_python_agent(name):
-    """solver.py#Name: that object of that file; if it is a class, one instance of it."""
+    """solver.py#Name: that object of that file; of a class one instance, and a function as a
+    `FunctionAgent`."""
     path, _, wanted = name.rpartition("#")
     if not Path(path).is_file():
         raise ValueError(f"--agents {name}: no such file: {path}")
@@ -303,6 +331,8 @@ def load_python_agent(name):
     if not hasattr(module, wanted):
         raise ValueError(f"--agents {name}: there is no {wanted or 'name after #'} in {path}")
     agent = getattr(module, wanted)
+    if inspect.isfunction(agent):
+        return FunctionAgent(agent, Path(path))
     if isinstance(agent, type):
         agent = agent()  # a class: one instance of it
     for needed in ("name", "answer", "fingerprint"):

@@ -194,6 +194,10 @@ class NoFingerprint:
 class NoName:
     answer = Counter.answer
     fingerprint = Counter.fingerprint
+
+
+def commas(question):
+    return f"So the answer is {question.count(',') + 1}."
 '''
 
 
@@ -214,6 +218,18 @@ def test_an_agent_needs_no_model(solver):
     [history] = agents.deliberate(leader, team[:3], ["a, b, c"], rounds=2)
     assert [round_.output.text for round_ in history] == ["L0", "L1"]
     assert leader.asked == [leader_messages("a, b, c", ["So the answer is 3."] * 3)] * 2
+
+
+def test_an_agent_may_be_a_function(solver):
+    """From the question to a response; when others refine it says the same."""
+    [agent] = agents.load_team([f"{solver}#commas"])
+    assert agent.name == "commas" and agent.fingerprint(prompt=[]) == agent.fingerprint(prompt=1)
+    said = agent.answer([agent_messages("a, b"), agent_messages("a", "So 2.", "<think>")], n=2)
+    texts = ["So the answer is 2.", "So the answer is 1."]
+    assert [[c.text for c in group] for group in said] == [[text] * 2 for text in texts]
+    before = agent.fingerprint(prompt=[])
+    solver.write_text(SOLVER.replace("+ 1", "+ 2"))
+    assert agent.fingerprint(prompt=[]) != before
 
 
 def test_an_agent_is_what_has_a_name_and_two_functions():
