@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # waiting threads sleep soon: see README, speed
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # waiting threads sleep soon: see docs/speed.md
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -346,7 +346,7 @@ def judge_responses(cached, names, tasks, n):
 
 def drop_easy(args, rows):
     """(hard questions, the same and a share of the easy ones). Easy is what the team answers
-    already; MLPO on the hard ones alone may learn what they have in common: see the README."""
+    already; MLPO on the hard ones alone may learn what they have in common: docs/decisions.md."""
     rng = random.Random(args.seed)
     hard = []
     kept = []
@@ -387,7 +387,7 @@ def some_of(rng, team, args):
 
 
 def write_prompts(args, run, leader, rows):
-    """The leader's prompts as a dataset for TRL: see the README."""
+    """The leader's prompts as a dataset for TRL: see docs/servers-and-trl.md."""
     rng = random.Random(args.seed)
     lines = []
     for row in rows:

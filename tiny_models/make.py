@@ -6,12 +6,15 @@ python tiny_models/make.py --exclude bbh/*.json   # first: which questions no mo
 
 import argparse
 import itertools
+import os
 import random
 import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # waiting threads sleep soon: see docs/speed.md
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
