@@ -301,14 +301,31 @@ def is_wrong(solve, belief):
 
 def puzzles(split, n, seed=0):
     """n different puzzles, tasks in turn: a list of {question, answer, task}."""
+    rows = []
+    for question, (task, solve) in draw_puzzles(split, n, seed).items():
+        _, answer = solve([])
+        rows.append({"question": question, "answer": answer, "task": task})
+    return rows
+
+
+def right_steps(split, n, seed=0):
+    """{question: (its task, the steps of its right solution)}, of the same puzzles."""
+    steps_of = {}
+    for question, (task, solve) in draw_puzzles(split, n, seed).items():
+        steps, _ = solve([])
+        steps_of[question] = (task, steps)
+    return steps_of
+
+
+def draw_puzzles(split, n, seed):
+    """{question: (task, solve)}."""
     rng = random.Random(f"{split} {seed}")
     names = list(TASKS)
-    rows = {}
+    found = {}
     for _ in range(20 * n + 1000):  # short sequences are not without end
-        if len(rows) == n:
-            return list(rows.values())
-        task = names[len(rows) % len(names)]
+        if len(found) == n:
+            return found
+        task = names[len(found) % len(names)]
         question, solve = draw_puzzle(rng, split, task)
-        _, answer = solve([])
-        rows[question] = {"question": question, "answer": answer, "task": task}
+        found[question] = (task, solve)
     raise ValueError(f"tiny has fewer than {n} different {split} questions: ask for less")
