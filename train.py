@@ -543,6 +543,7 @@ def mlpo(args, run, leader, team, rows, held_out):
     reference = frozen_copy(policy) if args.kl_coef else None
     optimizer = make_optimizer(args, policy, args.lr)
     phase = runs.Phase(run, "mlpo", args.steps, args.save_steps, policy, optimizer)
+    drop_later_samples(run, phase.step)
     batches = question_batches(rows, args.questions_per_step, args.seed, phase.step)
     with phase:
         for step, rows_of_step in zip(phase.steps(), batches):
@@ -571,6 +572,7 @@ def mlpo(args, run, leader, team, rows, held_out):
             clock.lap("training")
 
             log_step(phase, groups, updates, rate, refine_tokens, clock)
+            keep_sample(args, run, step, leader, questions, prompts, groups)
     look_at_validation(args, run, phase, leader, held_out)
     runs.save_model(run / "leader", leader)
 
@@ -799,6 +801,8 @@ def frozen_copy(model):
 
 # ------------------------------------------------------------------------------------- the log
 
+SAMPLES = 12  # groups that a run keeps to be read
+
 
 class Stopwatch:
     """Seconds of each part of a step."""
@@ -828,6 +832,35 @@ def log_step(phase, groups, updates, rate, refine_tokens, clock):
     numbers["tokens"] += sum(runs.gather([refine_tokens]))
     speed = numbers["tokens"] / (time.time() - clock.began)
     phase.log(**means, lr=rate, **clock.laps, **numbers, tokens_per_s=speed)
+
+
+def keep_sample(args, run, step, leader, questions, prompts, groups):
+    """At some of the steps, one of the step's groups as a row of samples.jsonl, to be read: the
+    first that has something to learn from, if there is one."""
+    every = math.ceil(args.steps / SAMPLES)
+    if step % every or runs.rank() != 0:
+        return
+    unequal = [i for i, group in enumerate(groups) if group.advantages.any()]
+    chosen = unequal[0] if unequal else 0
+    group = groups[chosen]
+    completions = []
+    for said, verdict, advantage in zip(group.completions, group.verdicts, group.advantages):
+        one = {"text": said.text, "reward": verdict.reward, "advantage": advantage.item()}
+        completions.append(one)
+    row = {
+        "step": step,
+        "question": questions[chosen]["question"],
+        "answer": questions[chosen]["answer"],
+        "prompt": agents.render(leader.tokenizer, prompts[chosen]),
+        "completions": completions,
+    }
+    runs.append_jsonl(run / "samples.jsonl", [row])
+
+
+def drop_later_samples(run, step):
+    """Those of this step and after it: a resumed run is going to make them again."""
+    rows = runs.read_jsonl(run / "samples.jsonl")
+    runs.write_jsonl(run / "samples.jsonl", [row for row in rows if row["step"] < step])
 
 
 def describe_step(groups):
