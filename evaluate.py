@@ -10,7 +10,7 @@ Read `measure` first: it is the procedure. Comparisons are paired: all runs get 
 none of them from training, and the agents' first responses are sampled once, for the votes and
 every leader. T rounds with K agents are (K+1)T generations: a vote gets as many, where that is as
 often for each agent. Gains and tables are in compare.py, what is drawn and written of a run in
-report.py.
+report.py and page.py.
 """
 
 import argparse
@@ -29,8 +29,10 @@ from tqdm import tqdm
 import agents
 import compare
 import data
+import page
 import report
 import runs
+import tiny
 from rewards import extract_agent_answer, extract_answer, is_correct
 
 SEED = 0  # of the questions, the agents and the ties: constant, so that runs can be compared
@@ -103,13 +105,25 @@ def measure(run, **options):
     results["device"] = config["device"]
     results["question_ids"] = [data.question_hash(task["question"])[:16] for task in tasks]
     results |= measure_rows(run, config, stages, tasks, leader, team)
-    texts = {}  # for the transcripts alone
+    texts = {}  # for what is to be read alone
     for row in results["rows"]:
         texts[row["label"]] = row.pop("texts")
     report.write_transcripts(results, tasks, texts, run / f"transcripts{suffix}.md")
     report.plot_results(results, run / f"results{suffix}.png")
+    page.write_page(run, suffix, results, tasks, texts, right_steps(config))
     runs.write_json(path, results)  # last: where it is, the others are
     return results
+
+
+def right_steps(config):
+    """{question: its right steps} of the test and of training, where they are the laboratory's:
+    elsewhere nobody knows them."""
+    steps = {}
+    if config["dataset"] == "tiny":
+        steps |= tiny.right_steps("test", config["eval_questions"], SEED)
+    if config["trained_on"] == "tiny":
+        steps |= tiny.right_steps("train", config["questions"], config["seed"])
+    return steps
 
 
 def measure_rows(run, config, stages, tasks, leader, team):
@@ -462,7 +476,7 @@ def result_row(tasks, completions, who, name, stage=None, team=False, rounds=0, 
         "per_task_ci": {task: wilson(rights) for task, rights in of_task.items()},
         "correct": bits(correct),  # to compare in pairs
         "correct_as_read": bits(correct_as_read),
-        "texts": [said[-1].text for said in completions],
+        "texts": [[completion.text for completion in said] for said in completions],
     }
 
 

@@ -1,6 +1,7 @@
 """A run to look at: who said what, how right they were, and how the training went.
 
-evaluate.py writes these beside the numbers: transcripts.md, results.png and curves.png.
+evaluate.py writes these beside the numbers: transcripts.md, results.png and curves.png. The page
+report.html, with all questions, is made by page.py.
 """
 
 from pathlib import Path
@@ -26,7 +27,7 @@ def write_transcripts(results, tasks, texts, path):
 
 def transcripts(results, tasks, texts):
     """A dozen questions as Markdown, first those on which training changed whether the leader is
-    right. tasks: the questions; texts: {label of a row: what was written last, per question}."""
+    right. tasks: the questions; texts: {label of a row: per question all that was written}."""
     last_stage = results["rows"][-1]["stage"]
     agents = [row for row in results["rows"] if row["who"] == "agent"]
     leaders = []
@@ -43,7 +44,7 @@ def transcripts(results, tasks, texts):
         page.append(f"Right answer:\n\n{block(tasks[i]['answer'])}")
         for row in agents + leaders:
             mark = "right" if row["correct"][i] == "1" else "WRONG"
-            page.append(f"**{row['label']}: {mark}**\n\n{block(texts[row['label']][i])}")
+            page.append(f"**{row['label']}: {mark}**\n\n{block(texts[row['label']][i][-1])}")
     return "\n".join(page)
 
 

@@ -33,26 +33,27 @@ def marked_steps(text, solution=None):
 
 
 def marked_attempt(task, text, right_steps):
-    """[(step, is it right)]: each is compared with the one at its place in the right solution."""
+    """[(part, is it right)]: each step is compared with the one at its place in the right
+    solution."""
     check = CHECKS.get(task)
-    parts = cut(task, text)
-    said = [words_of(part) for part in parts]
-    right = [words_of(part) for part in cut(task, right_steps)]
-    marks = []
-    for i in range(len(parts)):
-        if check is None or not is_step(said[i]):
-            marks.append(None)
-        elif i >= len(right):
-            marks.append(False)  # one too many
-        else:
-            marks.append(check(said[i], right[i], said[:i], right[:i]))
-    return list(zip(parts, marks))
+    right = [words_of(part) for part in cut(task, right_steps) if is_step(words_of(part))]
+    said = []  # the steps so far
+    parts = []
+    for part in cut(task, text):
+        words = words_of(part)
+        mark = None
+        if check and is_step(words):
+            i = len(said)
+            mark = i < len(right) and check(words, right[i], said, right[:i])
+            said.append(words)
+        parts.append((part, mark))
+    return parts
 
 
 def cut(task, text):
-    """The text in steps, each with the sign that ends it and the space behind."""
+    """The text in steps, each with the sign that ends it, and what is between them."""
     signs = ",.:" if task == "dyck_languages" else ",."
-    return re.findall(rf"[^{signs}]*[{signs}]\s*|[^{signs}]+\Z", text)
+    return re.findall(rf"\s+|[{signs}]|[^\s{signs}][^{signs}]*[{signs}]?", text)
 
 
 def words_of(step):

@@ -36,29 +36,30 @@ def test_right_solutions_have_right_steps_and_others_a_wrong_one(task):
                     assert False in marks_of(task, solve, held)
 
 
+def marks(text, task, right_steps):
+    """Of the steps, in their order."""
+    parts = steps.marked_steps(text, (task, right_steps))
+    return [mark for _, mark in parts if mark is not None]
+
+
 def test_only_the_error_itself_is_wrong():
     """Not the steps after it, which go on from it as they should."""
-    parts = steps.marked_steps(
-        "two dogs 1, a cat 2, a plum no. So the answer is 2.",
-        ("object_counting", "two dogs 2 , a cat 3 , a plum no ."),
-    )
-    assert [mark for _, mark in parts] == [False, True, True, None]
-    parts = steps.marked_steps(
-        "Alice Bob: A B C, Bob Claire: A C B. Bob: C. So the answer is (C).",
-        (
-            "tracking_shuffled_objects_three_objects",
-            "Alice Bob : B A C , Bob Claire : B C A . Bob : C .",
-        ),
-    )
-    assert [mark for _, mark in parts] == [False, True, True, None]
-    dyck = ("dyck_languages", "( [ { : { } , [ ] , ( ) .")
-    assert [mark for _, mark in steps.marked_steps("( [ {: { }, [ }, ( ).", dyck)] == [
-        True,
-        True,
-        False,
-        True,
-    ]
-    assert [mark for _, mark in steps.marked_steps("[ {: { }, [ ].", dyck)] == [False, True, True]
+    right = "two dogs 2 , a cat 3 , a plum no ."
+    said = "two dogs 1, a cat 2, a plum no. So the answer is 2."
+    assert marks(said, "object_counting", right) == [False, True, True]
+    right = "Alice Bob : B A C , Bob Claire : B C A . Bob : C ."
+    said = "Alice Bob: A B C, Bob Claire: A C B. Bob: C. So the answer is (C)."
+    three = "tracking_shuffled_objects_three_objects"
+    assert marks(said, three, right) == [False, True, True]
+    right = "( [ { : { } , [ ] , ( ) ."
+    assert marks("( [ {: { }, [ }, ( ).", "dyck_languages", right) == [True, True, False, True]
+    assert marks("[ {: { }, [ ].", "dyck_languages", right) == [False, True, True]
+
+
+def test_a_step_too_many_is_wrong_and_a_missing_one_has_no_mark():
+    right = "two dogs 2 , a cat 3 ."
+    assert marks("two dogs 2, a cat 3, a plum no.", "object_counting", right) == [True, True, False]
+    assert marks("two dogs 2. So the answer is 2.", "object_counting", right) == [True]
 
 
 @pytest.mark.parametrize("task", tiny.TASKS)

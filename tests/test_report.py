@@ -44,7 +44,8 @@ def results():
 
 @pytest.fixture
 def texts(results):
-    return {row["label"]: [f"{row['label']} says {i}" for i in range(3)] for row in results["rows"]}
+    labels = [row["label"] for row in results["rows"]]
+    return {label: [[f"{label} says {i}"] for i in range(3)] for label in labels}
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_transcripts_of_an_untrained_leader_alone(results, texts):
 
 
 def test_transcripts_hold_any_text(results, texts, tmp_path):
-    texts["a"] = ["````\n# not a heading\n```\n</details>"] * 3
+    texts["a"] = [["````\n# not a heading\n```\n</details>"]] * 3
     report.write_transcripts(results, TASKS, texts, tmp_path / "transcripts.md")
     page = (tmp_path / "transcripts.md").read_text(encoding="utf-8")
     outside = [line for line in page.split("\n") if not line.startswith("    ")]  # no code
@@ -90,7 +91,7 @@ def test_at_most_a_dozen_questions():
     tasks = [{"question": f"q{i}", "answer": "1", "task": "sums"} for i in range(30)]
     rows = [row("leader", "untrained leader, alone", "1" * 30, "untrained", False, 1)]
     results = {"dataset": "d", "questions": 30, "rows": rows}
-    page = report.transcripts(results, tasks, {"untrained leader, alone": ["said"] * 30})
+    page = report.transcripts(results, tasks, {"untrained leader, alone": [["said"]] * 30})
     assert page.count("\n## ") == 12
 
 
