@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PROGRAM = next((path for path in map(shutil.which, NAMES) if path), None)
 MISSING = f"no browser is here: none of {', '.join(NAMES)} (on Debian: apt install chromium)"
+TWO_FRAMES = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
 WORDS = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --remote-debugging-pipe"
 
 
@@ -36,6 +38,8 @@ def browser(width=1400, height=900):
         )
         os.close(command_read)
         os.close(reply_write)
+        watch = threading.Timer(120, process.kill)  # a test that waits for ever fails instead
+        watch.start()
         tab = SimpleNamespace(session=None, number=0, requests=[], errors=[])
         tab.to_browser = open(command_write, "wb", buffering=0)
         tab.from_browser = open(reply_read, "rb")
@@ -49,6 +53,7 @@ def browser(width=1400, height=900):
                 tell(tab, f"{part}.enable")
             yield tab
         finally:
+            watch.cancel()
             process.terminate()
             process.wait()
             tab.to_browser.close()
@@ -88,24 +93,29 @@ def read_message(tab):
 
 
 def visit(tab, address):
-    """Open this address, and wait until it is loaded."""
-    tab.events.clear()
-    tell(tab, "Page.navigate", url=str(address))
-    while "Page.loadEventFired" not in tab.events:
-        read_message(tab)
+    """Load this address, and wait until that is done."""
+    for url in ("about:blank", address):  # the first: another #place of a page is no new load
+        tab.events.clear()
+        tell(tab, "Page.navigate", url=url)
+        while "Page.loadEventFired" not in tab.events:
+            read_message(tab)
 
 
 def script(tab, expression):
-    """What this JavaScript gives."""
-    done = tell(tab, "Runtime.evaluate", expression=expression, returnByValue=True)
+    """What this JavaScript gives; of a promise, what becomes of it."""
+    how = {"returnByValue": True, "awaitPromise": True}
+    done = tell(tab, "Runtime.evaluate", expression=expression, **how)
     assert "exceptionDetails" not in done, done
     return done["result"].get("value")
 
 
 def press(tab, selector):
-    """A real click in the middle of that element."""
-    place = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
-    x, y, width, height = script(tab, f"(r => [r.x, r.y, r.width, r.height])({place})")
+    """Bring that element to the middle of the window, and click on the middle of it."""
+    element = f"document.querySelector({json.dumps(selector)})"
+    script(tab, f"{element}.scrollIntoView({{block: 'center'}})")
+    script(tab, TWO_FRAMES)  # a click falls on what is drawn
+    place = f"(r => [r.x, r.y, r.width, r.height])({element}.getBoundingClientRect())"
+    x, y, width, height = script(tab, place)
     where = {"x": x + width / 2, "y": y + height / 2, "button": "left", "clickCount": 1}
     for kind in ("mousePressed", "mouseReleased"):
         tell(tab, "Input.dispatchMouseEvent", type=kind, **where)

@@ -1,5 +1,6 @@
 """The real commands, as a user would type them, with very small settings."""
 
+import html
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from statistics import fmean
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import runs
 import tiny
 import train
+from rewards import judge
 
 SMALL = "--questions 20 --validation_questions 5 --sft_steps 3 --sft_batch 4 --steps 3 --rounds 2 "
 SMALL += "--questions_per_step 4 --group_size 3 --max_new_tokens 45 --eval_questions 6 "
@@ -35,7 +38,7 @@ def run(tmp_path_factory):
 def test_a_run_leaves_what_it_should(run):
     folder, printed = run
     names = "config.json proposals.jsonl metrics.jsonl results.json results.png curves.png"
-    for name in (*names.split(), "transcripts.md"):
+    for name in (*names.split(), "transcripts.md", "samples.jsonl", "report.html"):
         assert (folder / name).stat().st_size > 100, name
     for leader in ("leader", "leader_sft"):
         model = AutoModelForCausalLM.from_pretrained(folder / leader)
@@ -51,6 +54,19 @@ def test_a_run_leaves_what_it_should(run):
     for stage in ("untrained", "sft", "mlpo"):
         assert {(stage, False, 1), (stage, True, 1), (stage, True, 2)} <= stages
     assert "majority" in printed
+
+
+def test_the_groups_that_are_kept_are_as_they_were_judged(run):
+    rows = runs.read_jsonl(run[0] / "samples.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    for row in rows:
+        assert len(row["completions"]) == 3 and row["question"] in row["prompt"]
+        rewards = [one["reward"] for one in row["completions"]]
+        for one in row["completions"]:
+            assert one["reward"] == judge(one["text"], row["answer"], row["question"]).reward
+            assert one["advantage"] == pytest.approx(one["reward"] - fmean(rewards), abs=1e-6)
+        assert sum(one["advantage"] for one in row["completions"]) == pytest.approx(0, abs=1e-6)
+        assert html.escape(row["question"]) in (run[0] / "report.html").read_text("utf-8")
 
 
 def test_the_same_command_again_prints_the_table_again(run):
@@ -90,6 +106,8 @@ def test_an_unfinished_run_is_left_alone_and_resumed_to_the_same_weights(run, tm
         for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     ]
     assert len(steps) == len(set(steps)) == 3 + 3 + 3
+    name = "samples.jsonl"  # the rows of step 2 were there already
+    assert (folder / name).read_bytes() == (run[0] / name).read_bytes()
 
 
 # what is on disk when a phase has begun
@@ -122,7 +140,7 @@ def finish_and_compare(folder, whole):
         file = f"{name}/model.safetensors"
         assert (folder / file).read_bytes() == (whole / file).read_bytes(), name
     took = ("sampling", "training", "tokens_per_s")
-    for name in ("metrics.jsonl", "proposals.jsonl", "prompts.jsonl"):
+    for name in ("metrics.jsonl", "proposals.jsonl", "prompts.jsonl", "samples.jsonl"):
         mine = runs.read_jsonl(folder / name)
         theirs = runs.read_jsonl(whole / name)
         for row in mine + theirs:

@@ -420,7 +420,7 @@ def test_another_dataset_is_used_whole_and_has_its_own_files(run, capsys):
     results = evaluate.measure(run.path, dataset=str(other))
     assert results["questions"] == 4  # q0 was in training
     assert "1 of 5 questions were in training" in capsys.readouterr().out
-    for name in ("results-%s.json", "results-%s.png", "transcripts-%s.md"):
+    for name in ("results-%s.json", "results-%s.png", "transcripts-%s.md", "report-%s.html"):
         assert (run.path / (name % other.stem)).exists()
     assert runs.read_json(run.path / "results.json")["dataset"] != str(other)
     write_jsonl(other, rows[:1])

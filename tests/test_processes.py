@@ -81,5 +81,7 @@ def test_a_run_on_two_processes(tmp_path):
     torchrun(2, ROOT / "train.py", *small.split(), "--rounds", 1, "--out", tmp_path / "run")
     rows = [json.loads(r) for r in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["phase"] == "mlpo"] == [0, 1, 2]
+    rows = [json.loads(r) for r in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]  # the first process alone writes
     proposals = (tmp_path / "run" / "proposals.jsonl").read_text().splitlines()
     assert len(proposals) == 3 * 12 and (tmp_path / "run" / "results.json").exists()
