@@ -102,10 +102,10 @@ def test_an_unfinished_run_is_left_alone_and_resumed_to_the_same_weights(run, tm
     name = "leader/model.safetensors"
     assert (folder / name).read_bytes() == (run[0] / name).read_bytes()
     steps = [
-        (row["phase"], row["step"])
+        (row["during"], row["phase"], row["step"])
         for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     ]
-    assert len(steps) == len(set(steps)) == 3 + 3 + 3
+    assert len(steps) == len(set(steps)) == (1 + 3) + (3 + 3)  # looks at validation, and steps
     name = "samples.jsonl"  # the rows of step 2 were there already
     assert (folder / name).read_bytes() == (run[0] / name).read_bytes()
 
