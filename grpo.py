@@ -113,15 +113,16 @@ def grpo_loss(
     """-1/Z sum_i sum_t [min(rho A_i, clip(rho, 1 - eps, 1 + eps) A_i) - beta k3], a scalar.
 
     logprobs, old_logprobs (from sampling), reference_logprobs and mask: (completions, tokens);
-    advantages: (completions,). Z, the normalizer, is a constant, completions x longest possible
-    completion (Dr. GRPO); by default the size of the mask.
+    advantages: (completions,). Z, the normalizer, is a constant: train.py gives completions x
+    longest possible completion (Dr. GRPO); by default it is the size of the mask.
 
     In the first gradient step after sampling rho is 1 and the clip does nothing: the gradient is
     that of plain policy gradient, A_i grad log pi. Clipping matters from the second step on
     (--updates)."""
-    ratio = (logprobs - old_logprobs).exp()  # rho
-    advantages = advantages[:, None]
+    ratio = (logprobs - old_logprobs).exp()  # rho: (completions, tokens)
+    advantages = advantages[:, None]  # (completions, 1): the same for all tokens of a completion
     clipped_ratio = ratio.clamp(1 - clip, 1 + clip)
+    # A > 0: nothing to gain above 1 + eps; A < 0: nothing below 1 - eps
     gain = torch.minimum(ratio * advantages, clipped_ratio * advantages)
     if kl_coef:
         gain = gain - kl_coef * k3(logprobs, reference_logprobs)

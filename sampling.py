@@ -18,7 +18,7 @@ class Completion:
 
     text: str  # decoded, without special tokens
     ids: list = field(default_factory=list)  # token ids, with the end of sequence if it came
-    # of each, at the sampling temperature (at 0: at 1)
+    # of each, at the sampling temperature (of greedy tokens: at 1)
     logprobs: list = field(default_factory=list)
     finished: bool = True  # False: cut off by max_new_tokens
     prompt_ids: list = field(default_factory=list, repr=False)
@@ -175,11 +175,11 @@ class PlainCache:
     def read(cls, model, prompt_ids, prompt_mask, n, max_new_tokens):
         """Run the prompts, (B, P), once. The cache for n rows each; logits (B n, V) of what
         follows."""
-        prefill = read_prompts(model, prompt_ids, prompt_mask)
+        prefill = read_prompts(model, prompt_ids, prompt_mask)  # keys and values of the prompts
         cache = cls()
         cache.mask = prompt_mask.repeat_interleave(n, 0)  # (rows, P), grows with every token
         cache.kv = prefill.past_key_values
-        cache.kv.batch_repeat_interleave(n)
+        cache.kv.batch_repeat_interleave(n)  # in place: each prompt n times
         return cache, prefill.logits[:, -1].repeat_interleave(n, 0)
 
     def step(self, model, token, position):
@@ -229,8 +229,8 @@ def read_prompts(model, prompt_ids, prompt_mask):
 
 
 def draw_tokens(logprobs):
-    """One token for each row of log-probabilities, (rows, V): that on whose share of (0, 1] one
-    random number falls. torch.multinomial does the same with V random numbers a row."""
+    """One token for each row of log-probabilities, (rows, V): the first at which the cumulated
+    probability reaches a random number. torch.multinomial needs V random numbers a row for it."""
     cdf = logprobs.exp().cumsum(-1)  # (rows, V)
     if not cdf[:, -1].isfinite().all():
         raise ValueError("a model's probabilities are not finite: was its learning rate too high?")

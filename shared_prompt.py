@@ -50,7 +50,8 @@ class SharedPromptCache:
         return cache, prefill.logits[:, -1].repeat_interleave(n, 0)
 
     def step(self, model, token, position):
-        """Logits (rows, V) of what follows `token`, (rows, 1), which stands at `position`.
+        """Logits (rows, V) of what follows `token`, (rows, 1), which stands at `position`. D is
+        the model's width, d that of one of its heads.
 
         This is all that a Llama does for one token: in each layer it looks back at what was read
         (attention), then thinks about what it saw (a gated network), and adds both to x.
@@ -60,22 +61,23 @@ class SharedPromptCache:
         cos = self.cos[position]  # (rows, 1, d)
         sin = self.sin[position]
         x = decoder.embed_tokens(token[:, 0])  # (rows, D)
-        for layer, cache in zip(decoder.layers, self.layers):
+        for layer, layer_cache in zip(decoder.layers, self.layers):
             y = rms_norm(x, layer.input_layernorm)
-            query, key, value = cache.project(y, layer.self_attn)  # (rows, heads, d) each
-            query = rotate(query, cos, sin)
-            cache.append(rotate(key, cos, sin), value, self.length)
-            seen = cache.attend(query * layer.self_attn.scaling, self.prompt_bias, self.length)
+            query, key, value = layer_cache.project(y, layer.self_attn)  # (rows, heads, d) each
+            query = rotate(query, cos, sin) * layer.self_attn.scaling  # 1 / sqrt(d), for attention
+            layer_cache.append(rotate(key, cos, sin), value, self.length)
+            seen = layer_cache.attend(query, self.prompt_bias, self.length)
             x = x + layer.self_attn.o_proj(seen)
             y = rms_norm(x, layer.post_attention_layernorm)
-            gate, up = F.linear(y, *cache.gate_up).chunk(2, dim=-1)  # (rows, intermediate) each
+            gate_and_up = F.linear(y, *layer_cache.gate_up)  # (weight, bias) of both
+            gate, up = gate_and_up.chunk(2, dim=-1)  # (rows, intermediate) each
             x = x + layer.mlp.down_proj(layer.mlp.act_fn(gate) * up)
         return model.lm_head(rms_norm(x, decoder.norm))
 
     def keep(self, kept):
         """Only these rows, and the prompts that have any of them, go on."""
-        for cache in self.layers:
-            cache.keep(kept, self.length)
+        for layer_cache in self.layers:
+            layer_cache.keep(kept, self.length)
         self.prompt_bias = self.prompt_bias[kept.prompts]
 
 
@@ -142,7 +144,7 @@ class LayerCache:
         """softmax([q K_prompt^T, q K_own^T]) [V_prompt; V_own], (rows, heads d), in two parts that
         meet in the softmax. The scores against a prompt are one matrix product for its whole group,
         and for the heads that share, so that the prompt is read once per token, not once per row.
-        """
+        prompt_bias: -inf where a prompt is padding."""
         own_keys = self.own_keys[:, :, :length]
         own_values = self.own_values[:, :, :length]
         prompts, kv_heads, prompt_length, d = self.prompt_values.shape
@@ -249,7 +251,7 @@ def run_completions(model, inputs, prompt_cache, prompt_mask, prompt_of):
     cache = DynamicCache(copied) if copied else None
     del copied  # the list would hold the memory
     mask = torch.cat([prompt_mask[prompt_of], own_mask], dim=1)  # (rows, P - 1 + R')
-    positions = mask.cumsum(1)[:, -ids.shape[1] :] - 1
+    positions = mask.cumsum(1)[:, -ids.shape[1] :] - 1  # of each: how many real tokens before it
     return model.base_model(
         ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
     )[0]

@@ -4,8 +4,8 @@
     python train.py --agents none --out runs/grpo   # plain GRPO on the leader alone
     torchrun --standalone --nproc_per_node=2 train.py   # several GPUs, or processes
 
-Read `main` first: it is the method. Then the proposals, the filter, SFT and the MLPO loop; what
-they compute is in grpo.py, sampling.py and agents.py.
+Read `main` and `train` first: they are the method. Then the proposals, the filter, SFT and the MLPO
+loop; what they compute is in grpo.py, sampling.py and agents.py.
 """
 
 import bisect
@@ -85,7 +85,7 @@ class Sft:
     _argument_group_name = "SFT"
     sft_steps: int = option(10, "supervised steps before MLPO; 0 skips them")
     sft_questions: int = option(50, "questions whose right responses SFT may show")
-    sft_lr: float = option(5e-4, "learning rate of SFT")
+    sft_lr: float = option(5e-4, "peak of SFT's learning rate; ten steps do not reach it")
     sft_batch: int = option(32, "examples per SFT step")
     backtrack: float = option(0.3, "share of SFT examples that turn back from an error")
     sft_alone: float = option(
@@ -108,7 +108,9 @@ class Mlpo:
     )
     random_team: bool = option(False, "each prompt's team: only some of the agents")
     train_rounds: int = option(1, "train on this many of the first rounds (the paper: 1)")
-    paper: bool = option(False, "the paper's setting of the last three, and of easy_share")
+    paper: bool = option(
+        False, "the paper's: easy_share 0, team_dropout 0, no random_team, round 1 only"
+    )
     clip: float = option(
         0.2, "epsilon of the clipped ratio; it acts from a batch's second update on (--updates)"
     )
@@ -194,30 +196,20 @@ def check_numbers(args):
 
 
 def main(argv=None):
-    """The method: proposals, filter, SFT, MLPO, evaluation."""
+    """The method: proposals, filter, SFT and MLPO (`train`), evaluation."""
     args = parse(argv)
     runs.join_processes(args)
     run = runs.claim_folder(args.out, asdict(args), asdict(Arguments()), args.resume)
     if not (run / "results.json").exists():  # else it is finished: just its table once more
         train(args, run)
     if runs.rank() == 0 and args.eval_questions:
-        compare.print_table([evaluate.measure(run)])
+        results = evaluate.measure(run)
+        compare.print_table([results])
 
 
 def train(args, run):
     """All phases that are not done yet; leaves `leader_sft/` and `leader/` in the run's folder."""
-    tasks = questions_of(args, "train", args.questions)
-    held_out_tasks = questions_of(args, "validation", args.validation_questions)
-
-    sft_done = (run / "leader_sft").exists()  # a resumed run may be past this phase
-    name = str(run / "leader_sft") if sft_done else args.leader
-    leader, team = evaluate.load_leader_and_team(run, asdict(args), name)
-    tasks = evaluate.readable(leader, team, tasks, asdict(args))
-    held_out_tasks = evaluate.readable(leader, team, held_out_tasks, asdict(args))
-    if args.eval_questions:  # they are asked after hours: better to know now
-        evaluate.readable(leader, team, evaluate.drawn_questions(test_settings(args)), asdict(args))
-    check_training(args, leader.model, name)
-
+    leader, team, tasks, held_out_tasks = prepare(args, run)
     if args.proposals:
         proposals = proposals_of_another_run(args, team, tasks)
     runs.write_json(run / "config.json", asdict(args))  # from here on the folder is this run's
@@ -227,10 +219,26 @@ def train(args, run):
 
     hard, kept = drop_easy(args, proposals)
     write_prompts(args, run, leader, kept)
-    if args.sft_steps and not sft_done:
+    if args.sft_steps and not (run / "leader_sft").exists():
         sft(args, run, leader, hard, held_out)
     if not (run / "leader").exists():
         mlpo(args, run, leader, team, kept, held_out)
+
+
+def prepare(args, run):
+    """(leader, team, training questions, validation questions), all of it checked: what is wrong
+    shall be known now and not after hours."""
+    tasks = questions_of(args, "train", args.questions)
+    held_out_tasks = questions_of(args, "validation", args.validation_questions)
+    sft_done = (run / "leader_sft").exists()  # a resumed run may be past this phase
+    name = str(run / "leader_sft") if sft_done else args.leader
+    leader, team = evaluate.load_leader_and_team(run, asdict(args), name)
+    check_training(args, leader.model, name)
+    tasks = evaluate.readable(leader, team, tasks, asdict(args))
+    held_out_tasks = evaluate.readable(leader, team, held_out_tasks, asdict(args))
+    if args.eval_questions:  # a question too long, or of unknown words, ends the run here
+        evaluate.readable(leader, team, evaluate.drawn_questions(test_settings(args)), asdict(args))
+    return leader, team, tasks, held_out_tasks
 
 
 def test_settings(args):
@@ -538,7 +546,7 @@ class Group:
 
 def mlpo(args, run, leader, team, rows, held_out):
     """GRPO on the leader, with the team's cached responses in its prompt. Leaves `leader/`."""
-    policy = leader.model
+    policy = leader.model  # trained in place: what the leader writes below is the policy's
     # before `Phase`, which puts a resumed run's later policy in place
     reference = frozen_copy(policy) if args.kl_coef else None
     optimizer = make_optimizer(args, policy, args.lr)
@@ -553,25 +561,26 @@ def mlpo(args, run, leader, team, rows, held_out):
             clock = Stopwatch()
 
             questions = runs.share(rows_of_step)  # this process's, if there are several
+            # drawn for the whole step; what comes back is for this process's questions
             responses, refine_tokens = choose_responses(args, rng, leader, team, rows_of_step)
             prompts = leader_prompts(questions, responses)
             completions = leader.answer(prompts, n=args.group_size, **sampling_settings(args))
             verdicts = judge_groups(questions, completions)
             rewards = rewards_of(verdicts)  # (questions, G)
             advantages = grpo.group_advantages(rewards, args.scale_rewards)  # (questions, G)
-            groups = list(map(Group, completions, verdicts, advantages))
+            groups = [Group(*parts) for parts in zip(completions, verdicts, advantages)]
             clock.lap("sampling")
 
             rate = learning_rate(step, args.steps, args.lr, args.warmup)
-            updates = []
+            logged = []
             for _ in range(args.updates):
-                loss = loss_and_gradient(args, policy, reference, groups)
+                loss = loss_and_gradient(args, policy, reference, groups)  # numbers, for the log
                 norm = gradient_step(policy, optimizer, rate)
                 phase.check_gradient(norm)
-                updates.append({**loss, "grad_norm": norm})
+                logged.append({**loss, "grad_norm": norm})
             clock.lap("training")
 
-            log_step(phase, groups, updates, rate, refine_tokens, clock)
+            log_step(phase, groups, logged, rate, refine_tokens, clock)
             keep_sample(args, run, step, leader, questions, prompts, groups)
     look_at_validation(args, run, phase, leader, held_out)
     runs.save_model(run / "leader", leader)
@@ -784,7 +793,7 @@ def gradient_step(model, optimizer, rate):
     runs.add_up_gradients(model)
     optimizer.param_groups[0]["lr"] = rate
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    # at 0 nothing was learned, and AdamW's momentum shall not go on alone
+    # with a gradient of 0 AdamW would still move, by the momentum of earlier steps
     if norm.isfinite() and norm > 0:
         optimizer.step()
     optimizer.zero_grad()
@@ -824,10 +833,10 @@ def look_at_validation(args, run, phase, leader, held_out):
         report.plot_curves(runs.read_jsonl(run / "metrics.jsonl"), run / "curves.png")
 
 
-def log_step(phase, groups, updates, rate, refine_tokens, clock):
-    """A row of metrics.jsonl. `updates`: loss, kl, clipped and grad_norm of each gradient step, of
-    which the mean is logged; `refine_tokens`: those of further rounds."""
-    means = {name: fmean(update[name] for update in updates) for name in updates[0]}
+def log_step(phase, groups, logged, rate, refine_tokens, clock):
+    """A row of metrics.jsonl. `logged`: loss, kl, clipped and grad_norm of each gradient step, of
+    which the mean counts; `refine_tokens`: those of further rounds."""
+    means = {name: fmean(update[name] for update in logged) for name in logged[0]}
     numbers = describe_step(runs.gather(groups))
     numbers["tokens"] += sum(runs.gather([refine_tokens]))
     speed = numbers["tokens"] / (time.time() - clock.began)

@@ -122,8 +122,9 @@ def table(head, lines):
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + "\n"
 
 
-def compared(rows, ones, versus, what="leader", mask=None):
-    """A table: (label, (variant, mode)), each with its difference to `versus`, (variant, mode)."""
+def compared(rows, ones, versus, mask=None):
+    """A table of what has been measured of `ones`, (label, (variant, mode)), each with its
+    difference to `versus`, (variant, mode)."""
     lines = []
     for label, one in ones:
         if bits(rows, *one):
@@ -131,33 +132,16 @@ def compared(rows, ones, versus, what="leader", mask=None):
             lines.append(
                 [label, seeds, share(rows, one, mask), difference(rows, one, versus, mask)]
             )
-    return table([what, "seeds", "right", "*d*"], lines)
+    return table(["who", "seeds", "right", "*d*"], lines)
 
 
-def leaders(rows, names, versus, modes=("alone", "three:1")):
-    """A table of leaders in these modes, each with its difference to the leader `versus`."""
-    head = ["leader", "added to `train.py`", "seeds"]
-    for mode in modes:
-        head += [title(mode), "*d*"]
-    lines = []
-    for name in names:
-        found = [row for row in rows if row["variant"] == name and row["mode"] in modes]
-        if not found:
-            continue
-        line = [LABELS[name], command(found[0]), len(bits(rows, name, found[0]["mode"]))]
-        for mode in modes:
-            one = (name, mode)
-            line += [share(rows, one), difference(rows, one, (versus, mode))]
-        lines.append(line)
-    return table(head, lines)
-
-
-def command(row):
-    """What was run, without what the commands have in common, and with S for the seed."""
-    usual = "seed|out|questions|eval_questions"
-    text = re.sub(rf" --({usual}) \S+| --proposals \S*/sft-\S+", "", row["command"])
-    text = re.sub(r"runs/evidence/(\w+)-\d+", r"\1-S", text)
-    return f"`{text.removeprefix('train.py ')}`" if text.startswith("train.py") else ""
+def leaders(rows, names, versus):
+    """A table of leaders with the team, and one of the same alone; *d* to the leader `versus`."""
+    text = ""
+    for mode in ("three:1", "alone"):
+        ones = [(f"{LABELS[name]}: {title(mode)}", (name, mode)) for name in names]
+        text += compared(rows, ones, (versus, mode)) + "\n"
+    return text
 
 
 def title(mode):
@@ -166,20 +150,6 @@ def title(mode):
 
 
 # --------------------------------------------------------------------------------------- sections
-
-
-def claims(rows):
-    """What the method is for, each with what it is measured against."""
-    lines = []
-    for text, one, other in CLAIMS:
-        told = difference(rows, one, other)
-        if told:
-            lines.append([text, len(matrix(rows, one, other)), told])
-    told = share(rows, TEAM, nobody_right(rows))
-    if told:
-        lines.append(["with the team, right where no agent is", len(bits(rows, *TEAM)), told])
-    return table(["claim", "seeds", "measured"], lines)
-
 
 TEAM = ("mlpo", "three:1")
 CLAIMS = [
@@ -197,36 +167,49 @@ CLAIMS = [
 ]
 
 
+def claims(rows):
+    """What the method is for, each with what it is measured against."""
+    lines = []
+    for text, one, other in CLAIMS:
+        told = difference(rows, one, other)
+        if told:
+            lines.append([text, len(matrix(rows, one, other)), told])
+    told = share(rows, TEAM, nobody_right(rows))
+    if told:
+        lines.append(["with the team, right where no agent is", len(bits(rows, *TEAM)), told])
+    return table(["claim", "seeds", "measured"], lines)
+
+
 def nobody_right(rows):
     """{seed: on which questions no agent is right}."""
     return {seed: right == 0 for seed, right in bits(rows, "three", "any").items()}
 
 
 def parts(rows):
-    """What each phase adds; *d* to SFT + MLPO. Then the sweep of SFT: what is left for MLPO."""
-    names = ("untrained", "sft", "mlpo_only", "mlpo", "grpo", "grpo_tokens", "grpo_sft", "paper")
-    text = leaders(rows, names, "mlpo") + "\n"
-    text += leaders(rows, ("mlpo_only", "mlpo", "sft120"), "mlpo")
-    return text + "\n![what each phase adds](benchmarks/evidence_parts.png)\n"
+    """What each phase adds; *d* to SFT + MLPO. `SFT` has 10 steps: 0 and 120 are its sweep."""
+    names = ("untrained", "sft", "mlpo_only", "mlpo", "sft120", "grpo", "grpo_tokens", "grpo_sft")
+    text = leaders(rows, (*names, "paper"), "mlpo")
+    return text + "![what each phase adds](benchmarks/evidence_parts.png)\n"
 
 
 def baselines(rows):
     """All of it on the same questions and first responses; *d* to SFT + MLPO with its team, T=1."""
-    ones = [(f"agent {k}", ("three", f"agent {k}")) for k in (1, 2, 3)]
-    ones += [(f"majority of {n}", ("three", f"majority of {n}")) for n in (3, 20, 40)]
-    ones += [("any agent right", ("three", "any"))]
-    ones += [("debate of two rounds, then a vote", ("three", "debate:2"))]
+    modes = [*ALONE_OR_VOTED, "debate:2"]
+    ones = [(mode, ("three", mode)) for mode in modes]
     ones += [("a leader trained only to pick", ("picker", "three:1"))]
     ones += [("GRPO's leader, with the team", ("grpo", "three:1"))]
     ones += [("SFT + GRPO's leader, with the team", ("grpo_sft", "three:1"))]
-    ones += [("SFT + MLPO alone, votes of 5", ("mlpo", "votes of 5"))]
-    ones += [("SFT + MLPO alone, votes, as many tokens", ("mlpo", "votes, as many tokens"))]
-    ones += [("SFT + MLPO, with the team", ("mlpo", "three:1"))]
-    text = compared(rows, ones, ("mlpo", "three:1"), "who")
+    for mode in ("votes of 5", "votes, as many tokens"):
+        ones += [(f"SFT + MLPO alone, {mode}", ("mlpo", mode))]
+    text = compared(rows, [*ones, ("SFT + MLPO, with the team", TEAM)], TEAM)
     ones = [(LABELS[name], (name, "three:1")) for name in ("untrained", "sft", "mlpo", "mlpo_only")]
     text += "\nOnly the questions on which no agent is right:\n\n"
-    text += compared(rows, ones, ("mlpo", "three:1"), mask=nobody_right(rows))
+    text += compared(rows, ones, TEAM, mask=nobody_right(rows))
     return text + "\n![by the number of agents that are right](benchmarks/evidence_wrong.png)\n"
+
+
+ALONE_OR_VOTED = ("agent 1", "agent 2", "agent 3", "majority of 3", "majority of 20")
+ALONE_OR_VOTED += ("majority of 40", "any")
 
 
 def when(rows):
@@ -234,63 +217,56 @@ def when(rows):
     each misconception alone with a probability of 0.9, 0.7 and 0.4, and two trainings of each."""
     names = ("sometimes_mlpo", "sometimes_grpo", "often_mlpo", "often_grpo")
     text = leaders(rows, ("mlpo_only", "grpo", *names), "mlpo_only")
-    return text + "\n![MLPO and GRPO over training](benchmarks/evidence_when.png)\n"
+    return text + "![MLPO and GRPO over training](benchmarks/evidence_when.png)\n"
 
 
 def settings(rows):
     """One change at a time; *d* to MLPO without SFT."""
-    names = (
-        "mlpo_only",
-        "easy0",
-        "easy1",
-        "scaled",
-        "kl",
-        "dropout0",
-        "fixed_order",
-        "random_team",
-    )
-    return leaders(rows, (*names, "rounds", "half"), "mlpo_only")
+    names = ("mlpo_only", "easy0", "easy1", "scaled", "kl", "dropout0", "fixed_order")
+    return leaders(rows, (*names, "random_team", "rounds", "half"), "mlpo_only")
 
 
 def teams(rows):
     """Other teams; *d* to the same leader with its own team."""
     text = ""
     for name in ("mlpo", "mlpo_only", "fixed_order", "random_team", "same", "finals"):
-        ones = [(f"{LABELS[name]}: {title(f'{t}:1')}", (name, f"{t}:1")) for t in TEAMS]
-        ones = [one for one in ones if bits(rows, *one[1])]
-        if len(ones) > 1:
-            text += compared(rows, ones, (name, "three:1"), "leader: team") + "\n"
-    ones = [(f"agent {k + 3}", ("unseen", f"agent {k}")) for k in (1, 2, 3)]
-    ones += [("majority of 3", ("unseen", "majority of 3")), ("any agent right", ("unseen", "any"))]
-    text += "The team that it never saw:\n\n" + compared(rows, ones, ("unseen", "any"), "who")
-    lines = [[share(rows, ("mlpo_only", size(k))) for k in range(1, 7)]]
-    text += "\n" + table([f"K={k}" for k in range(1, 7)], lines if any(lines[0]) else [])
-    return text
-
-
-def size(k):
-    return "three:1" if k == 3 else f"K{k}:1"
+        modes = [f"{team}:1" for team in (*TEAMS, "K1", "K2", "K4", "K5", "K6")]
+        ones = [(f"{LABELS[name]}: {title(mode)}", (name, mode)) for mode in modes]
+        if sum(bool(bits(rows, *one)) for _, one in ones) > 1:
+            text += compared(rows, ones, (name, "three:1")) + "\n"
+    ones = [(mode, ("unseen", mode)) for mode in ALONE_OR_VOTED]
+    return f"{text}The team that it never saw:\n\n{compared(rows, ones, ('unseen', 'any'))}"
 
 
 def rounds(rows):
-    """What more rounds do to a leader."""
-    lines = []
+    """What more rounds do to a leader; *d* to T=1."""
+    text = ""
     for name in ("untrained", "sft", "mlpo", "mlpo_only", "rounds"):
+        ones = [(f"{LABELS[name]}, T={t}", (name, f"three:{t}")) for t in (1, 2, 3, 5)]
         if bits(rows, name, "three:5"):
-            line = [LABELS[name], len(bits(rows, name, "three:5"))]
-            line += [share(rows, (name, f"three:{t}")) for t in range(1, 6)]
-            lines.append([*line, difference(rows, (name, "three:5"), (name, "three:1"))])
-    head = ["leader", "seeds", *(f"T={t}" for t in range(1, 6)), "*d*, T=5 - T=1"]
-    return table(head, lines) + "\n![accuracy over T](benchmarks/evidence_rounds.png)\n"
+            text += compared(rows, ones, (name, "three:1")) + "\n"
+    text = text or table([], []) + "\n"
+    return text + "![accuracy over T](benchmarks/evidence_rounds.png)\n"
 
 
 def official(rows):
     """The official files of these tasks, of which no question was in any training."""
-    ones = [(f"agent {k}", ("three", f"bbh/agent {k}")) for k in (1, 2, 3)]
-    ones += [("majority of 3", ("three", "bbh/majority of 3")), ("any", ("three", "bbh/any"))]
+    ones = [(mode, ("three", f"bbh/{mode}")) for mode in ALONE_OR_VOTED]
     for name in ("untrained", "sft", "mlpo", "grpo"):
         ones += [(f"{LABELS[name]}, {title(m)}", (name, f"bbh/{m}")) for m in ("alone", "three:1")]
-    return compared(rows, ones, ("mlpo", "bbh/three:1"), "who")
+    return compared(rows, ones, ("mlpo", "bbh/three:1"))
+
+
+def commands(rows):
+    """What was added to `train.py`, besides seed, folders and numbers of questions. S: the seed."""
+    added = {}
+    for row in rows:
+        if row["command"].startswith("train.py"):
+            usual = "seed|out|questions|eval_questions"
+            text = re.sub(rf" --({usual}) \S+| --proposals \S*/sft-\S+", "", row["command"])
+            text = re.sub(r"runs/evidence/(\w+)-\d+", r"\1-S", text)
+            added[LABELS[row["variant"]]] = f"`{text.removeprefix('train.py ')}`"
+    return table(["leader", "command"], added.items())
 
 
 SECTIONS = {
@@ -302,6 +278,7 @@ SECTIONS = {
     "6. Teams": teams,
     "7. Rounds": rounds,
     "8. Official files": official,
+    "9. Commands": commands,
 }
 
 

@@ -69,12 +69,13 @@ def test_what_is_left_out_does_not_count():
 
 def made_up(variant, seed, mode, share=0.7, questions=20):
     rng = random.Random(f"{variant} {seed} {mode}")
-    row = {"variant": variant, "seed": seed, "mode": mode}
+    row = {"variant": variant, "seed": seed, "mode": mode, "command": "benchmarks/evidence.py"}
+    if variant in report.LABELS:
+        leader = f"--leader runs/evidence/sft-{seed}/leader"
+        row["command"] = f"train.py {leader} --seed {seed} --out runs/evidence/{variant}-{seed}"
     if mode.startswith("curve"):
         return {**row, "curve": [[0, 0.3], [25, 0.6]]}
     row["correct"] = "".join(rng.choices("01", [1 - share, share], k=questions))
-    leader = f"--leader runs/evidence/sft-{seed}/leader"
-    row["command"] = f"train.py {leader} --seed {seed} --out runs/evidence/{variant}-{seed}"
     return row
 
 
@@ -92,9 +93,9 @@ def test_a_report_of_what_is_there(tmp_path):
     modes = ("alone", "three:1", "three:2", "three:3", "three:4", "three:5", "curve alone")
     report.report(rows_of(("untrained", "sft", "mlpo"), range(10, 15), modes), tmp_path)
     page = (tmp_path / "RESULTS.md").read_text()
-    assert [page.count(f"\n## {heading}\n") for heading in report.SECTIONS] == [1] * 8
+    assert [page.count(f"\n## {heading}\n") for heading in report.SECTIONS] == [1] * 9
     assert "`--leader sft-S/leader`" in page
-    assert "| SFT + MLPO |" in page and "GRPO, no SFT |" not in page and "nan" not in page
+    assert "| SFT + MLPO |" in page and "GRPO, no SFT:" not in page and "nan" not in page
     assert "with the team: SFT + MLPO over SFT" in page and "over GRPO" not in page
     assert len(list((tmp_path / "benchmarks").glob("*.png"))) == 4
     assert len(page.splitlines()) < 200
