@@ -28,10 +28,10 @@ SHARED = ROOT.parent / "shared" / "data"
 
 
 def for_all(*strategies):
-    """Two tests with one body: 200 examples in the normal run, 10,000 among the slow tests."""
+    """Two tests with one body: 100 examples in the normal run, 10,000 among the slow tests."""
 
     def decorate(body):
-        @pytest.mark.parametrize("examples", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+        @pytest.mark.parametrize("examples", [100, pytest.param(10_000, marks=pytest.mark.slow)])
         def test(examples):
             how = settings(max_examples=examples, deadline=None, database=None, derandomize=True)
             how(given(*strategies)(body))()
