@@ -139,7 +139,7 @@ def main(argv=None):
     add("--seeds", type=int, default=5, help=f"how many seeds, from {SEEDS[0]} on")
     add("--steps", type=int, default=100, help="of MLPO and of GRPO")
     add("--sft_steps", type=int, default=10)
-    add("--questions", type=int, default=300, help="test questions")
+    add("--questions", type=int, default=200, help="test questions")
     add("--train_questions", type=int, default=600)
     add("--jobs", type=int, default=2, help="how much is done at the same time, a thread for each")
     add("--bbh", default="", help="a folder with official BBH files")
