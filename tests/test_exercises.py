@@ -52,10 +52,11 @@ def responses_of(run):
 
 @pytest.mark.slow
 def test_a_length_penalty(usual, tmp_path):
-    """The same completions; but now equal answers of unequal length have something to compare."""
+    """The same completions at first; but another gradient."""
     _, log = small_run(tmp_path / "copy", "1-length-penalty.patch")
     assert log[0]["length"] == usual[1][0]["length"]
-    assert log[0]["no_gradient"] < usual[1][0]["no_gradient"]
+    assert log[0]["no_gradient"] <= usual[1][0]["no_gradient"]
+    assert log[0]["grad_norm"] != pytest.approx(usual[1][0]["grad_norm"], rel=1e-3)
 
 
 @pytest.mark.slow
@@ -100,7 +101,12 @@ def test_five_agents_of_which_two_are_bad(tmp_path):
 
 @pytest.mark.slow
 def test_a_reward_that_can_be_cheated(usual, tmp_path):
-    """The same completions, and more of them count as right."""
+    """The same completions, none of which counts less; and an answer that only occurs is right."""
     _, log = small_run(tmp_path / "copy", "8-cheated.patch")
     assert log[0]["length"] == usual[1][0]["length"]
-    assert log[0]["reward"] > usual[1][0]["reward"]
+    assert log[0]["reward"] >= usual[1][0]["reward"]
+    text = "<think> 7 or 8 </think> <answer> 8 </answer>"
+    script = f"import rewards; print(rewards.judge({text!r}, '7').right)"
+    words = {"capture_output": True, "text": True, "check": True}
+    for folder, right in ((ROOT, "False\n"), (tmp_path / "copy", "True\n")):
+        assert subprocess.run([sys.executable, "-c", script], cwd=folder, **words).stdout == right
