@@ -27,7 +27,7 @@ from sampling import (
     tolerance,
 )
 from servers import ServedModel, merged
-from shared_prompt import SharedPromptCache, can_sample_with_shared_prompt
+from shared_prompt import ANGLES_CHANGE, SharedPromptCache, can_sample_with_shared_prompt
 
 logging.disable_progress_bar()  # loading weights takes no time worth a bar
 
@@ -400,7 +400,7 @@ def room_of(model):
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type"))
     room = getattr(config, "max_position_embeddings", None) or math.inf
-    if kind in ("dynamic", "longrope"):
+    if kind in ANGLES_CHANGE:
         first = rope.get("original_max_position_embeddings")
         return first or getattr(config, "original_max_position_embeddings", None) or room
     return room

@@ -19,6 +19,7 @@ from sampling import autocast, pad, read_prompts
 # ------------------------------------------------------------------------------------ sampling
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral")  # SmolLM2 is a llama, Qwen2.5 a qwen2
+ANGLES_CHANGE = ("dynamic", "longrope")  # rotary positions of all tokens change with the length
 
 
 class SharedPromptCache:
@@ -183,14 +184,14 @@ class LayerCache:
 
 
 def can_sample_with_shared_prompt(model):
-    """Whether `step` is what this model does: a plain architecture over the whole context, with
-    angles that do not change as the text grows, and weights that are plain matrices."""
+    """Whether `step` is meant for this model: a plain architecture over the whole context, with
+    angles that do not change as the text grows. (agents.choose_cache then compares them.)"""
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None)
     if model.config.model_type not in ARCHITECTURES or layers != {"full_attention"} or window:
         return False
-    return model.model.rotary_emb.rope_type not in ("dynamic", "longrope")
+    return model.model.rotary_emb.rope_type not in ANGLES_CHANGE
 
 
 # ------------------------------------------------------------------------------------ training
