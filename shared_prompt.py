@@ -19,6 +19,7 @@ from sampling import autocast, pad, read_prompts
 # ------------------------------------------------------------------------------------ sampling
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral")  # SmolLM2 is a llama, Qwen2.5 a qwen2
+RECORD = 128  # on a GPU: after so many tokens a step is recorded anew; 0: never, to compare
 ANGLES_CHANGE = ("dynamic", "longrope")  # rotary positions of all tokens change with the length
 
 
@@ -41,9 +42,13 @@ class SharedPromptCache:
         cache.layers = []
         for layer, of_prompt in zip(model.model.layers, prefill.past_key_values.layers):
             cache.layers.append(LayerCache(layer, of_prompt, n, max_new_tokens))
-        # added to scores: 0, and -inf at the padding
-        cache.prompt_bias = prompt_mask.float().log()[:, None, None]  # (B, 1, 1, P)
+        # added to scores: 0, and -inf at the padding and where nothing is written yet
+        bias = F.pad(prompt_mask.float().log(), (0, max_new_tokens), value=-torch.inf)
+        cache.bias = bias[:, None, None]  # (B, 1, 1, P + max_new_tokens)
+        cache.prompt_length = prompt_ids.shape[1]  # P
         cache.length = 0  # how many tokens of its own each row has
+        cache.place = torch.zeros(1, dtype=torch.long, device=model.device)  # of the last of them
+        cache.recording = None  # on a GPU, see `replay`
         positions = torch.arange(prompt_ids.shape[1] + max_new_tokens, device=model.device)
         like = model.model.embed_tokens.weight  # its dtype
         cos, sin = model.model.rotary_emb(like, positions[None])
@@ -52,34 +57,74 @@ class SharedPromptCache:
 
     def step(self, model, token, position):
         """Logits (rows, V) of what follows `token`, (rows, 1), which stands at `position`. D is
-        the model's width, d that of one of its heads.
-
-        This is all that a Llama does for one token: in each layer it looks back at what was read
-        (attention), then thinks about what it saw (a gated network), and adds both to x.
-        """
+        the model's width, d that of one of its heads."""
         decoder = model.model
+        self.place.fill_(self.length)
+        self.bias[..., self.prompt_length + self.length] = 0
         self.length += 1
+        x = decoder.embed_tokens(token[:, 0])  # (rows, D)
         cos = self.cos[position]  # (rows, 1, d)
         sin = self.sin[position]
-        x = decoder.embed_tokens(token[:, 0])  # (rows, D)
+        if RECORD and x.is_cuda:
+            x = self.replay(decoder, x, cos, sin)
+        else:
+            x = self.run_layers(decoder, x, cos, sin, self.length)
+        return model.lm_head(rms_norm(x, decoder.norm))
+
+    def run_layers(self, decoder, x, cos, sin, room):
+        """All that a Llama does for one token: in each layer it looks back at what was read
+        (attention), then thinks about what it saw (a gated network), and adds both to x, (rows, D).
+        Of the buffers of own tokens, the first `room` are looked at."""
+        bias = self.bias[..., : self.prompt_length + room]
         for layer, layer_cache in zip(decoder.layers, self.layers):
             y = rms_norm(x, layer.input_layernorm)
             query, key, value = layer_cache.project(y, layer.self_attn)  # (rows, heads, d) each
             query = rotate(query, cos, sin) * layer.self_attn.scaling  # 1 / sqrt(d), for attention
-            layer_cache.append(rotate(key, cos, sin), value, self.length)
-            seen = layer_cache.attend(query, self.prompt_bias, self.length)
+            layer_cache.append(rotate(key, cos, sin), value, self.place)
+            seen = layer_cache.attend(query, bias, room)
             x = x + layer.self_attn.o_proj(seen)
             y = rms_norm(x, layer.post_attention_layernorm)
             gate_and_up = F.linear(y, *layer_cache.gate_up)  # (weight, bias) of both
             gate, up = gate_and_up.chunk(2, dim=-1)  # (rows, intermediate) each
             x = x + layer.mlp.down_proj(layer.mlp.act_fn(gate) * up)
-        return model.lm_head(rms_norm(x, decoder.norm))
+        return x
+
+    def replay(self, decoder, x, cos, sin):
+        """`run_layers` on a GPU, where to launch its many small operations from Python takes longer
+        than to compute them. A CUDA graph records them once and launches all of them together; it
+        reads and writes the same places in memory each time. So it is recorded anew when rows have
+        left, and when a row has more tokens than the graph looks at."""
+        if self.recording is None or self.length > self.recording.room:
+            self.recording = None  # its memory is free before the next one takes some
+            room = min(self.length + RECORD - 1, self.bias.shape[-1] - self.prompt_length)
+            self.recording = Recording(self, decoder, x, cos, sin, room)
+        return self.recording.play(x, cos, sin)
 
     def keep(self, kept):
         """Only these rows, and the prompts that have any of them, go on."""
+        self.recording = None
         for layer_cache in self.layers:
             layer_cache.keep(kept, self.length)
-        self.prompt_bias = self.prompt_bias[kept.prompts]
+        self.bias = self.bias[kept.prompts]
+
+
+class Recording:
+    """A CUDA graph of `SharedPromptCache.run_layers`, with its inputs and output."""
+
+    def __init__(self, cache, decoder, x, cos, sin, room):
+        self.room = room
+        self.inputs = [x.clone(), cos.clone(), sin.clone()]
+        # once without recording: libraries set themselves up, autocast makes its copies of weights
+        cache.run_layers(decoder, *self.inputs, room)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = cache.run_layers(decoder, *self.inputs, room)
+
+    def play(self, *inputs):
+        for recorded, new in zip(self.inputs, inputs):
+            recorded.copy_(new)
+        self.graph.replay()
+        return self.output
 
 
 def rms_norm(x, norm):
@@ -123,8 +168,9 @@ class LayerCache:
         self.prompt_keys = of_prompt.keys.transpose(2, 3).contiguous()
         self.prompt_values = of_prompt.values
         prompts, kv_heads, _, d = of_prompt.values.shape
-        self.own_keys = of_prompt.values.new_empty(prompts * n, kv_heads, max_new_tokens, d)
-        self.own_values = torch.empty_like(self.own_keys)
+        # zeros: what is not written yet may be looked at, with a weight of 0
+        self.own_keys = of_prompt.values.new_zeros(prompts * n, kv_heads, max_new_tokens, d)
+        self.own_values = torch.zeros_like(self.own_keys)
 
     def project(self, y, attention):
         """Query (rows, heads, d), key and value (rows, kv_heads, d) of y, (rows, D)."""
@@ -136,18 +182,18 @@ class LayerCache:
             key = rms_norm(key, attention.k_norm)
         return query, key, value
 
-    def append(self, key, value, length):
-        """As the last of `length` own tokens."""
-        self.own_keys[:, :, length - 1] = key
-        self.own_values[:, :, length - 1] = value
+    def append(self, key, value, place):
+        """As own token number `place`, (1,): a tensor, which a recording reads anew each time."""
+        self.own_keys.index_copy_(2, place, key[:, :, None].to(self.own_keys.dtype))
+        self.own_values.index_copy_(2, place, value[:, :, None].to(self.own_values.dtype))
 
-    def attend(self, query, prompt_bias, length):
+    def attend(self, query, bias, room):
         """softmax([q K_prompt^T, q K_own^T]) [V_prompt; V_own], (rows, heads d), in two parts that
         meet in the softmax. The scores against a prompt are one matrix product for its whole group,
         and for the heads that share, so that the prompt is read once per token, not once per row.
-        prompt_bias: -inf where a prompt is padding."""
-        own_keys = self.own_keys[:, :, :length]
-        own_values = self.own_values[:, :, :length]
+        bias: (B, 1, 1, P + room), -inf where there is nothing to look at."""
+        own_keys = self.own_keys[:, :, :room]
+        own_values = self.own_values[:, :, :room]
         prompts, kv_heads, prompt_length, d = self.prompt_values.shape
         rows, heads, _ = query.shape
         group = rows // prompts
@@ -162,9 +208,9 @@ class LayerCache:
             return x.reshape(rows, kv_heads, sharing, -1)
 
         query = query.view(rows, kv_heads, sharing, d)
-        to_prompt = by_group(query) @ self.prompt_keys + prompt_bias
+        to_prompt = by_group(query) @ self.prompt_keys
         to_own = by_group(query @ own_keys.transpose(2, 3))
-        scores = torch.cat([to_prompt, to_own], dim=-1).float()  # (B, kv_heads, G x sharing, P + t)
+        scores = torch.cat([to_prompt, to_own], dim=-1) + bias  # (B, kv_heads, G x sharing, P + t)
         weights = scores.softmax(dim=-1).to(own_values.dtype)
         from_prompt = weights[..., :prompt_length] @ self.prompt_values
         from_own = by_row(weights[..., prompt_length:]) @ own_values
@@ -173,9 +219,9 @@ class LayerCache:
     def keep(self, kept, length):
         """Only these rows go on. What is not written yet need not be copied."""
         keys, values = self.own_keys, self.own_values
-        room = (len(kept.rows), *keys.shape[1:])
-        self.own_keys = keys.new_empty(room)
-        self.own_values = values.new_empty(room)
+        size = (len(kept.rows), *keys.shape[1:])
+        self.own_keys = keys.new_zeros(size)
+        self.own_values = values.new_zeros(size)
         self.own_keys[:, :, :length] = keys[kept.rows, :, :length]
         self.own_values[:, :, :length] = values[kept.rows, :, :length]
         if not kept.prompts.all():

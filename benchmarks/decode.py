@@ -1,4 +1,5 @@
-"""Tokens a second in sampling: ours, `generate`'s, and the bound that memory sets.
+"""Tokens a second in sampling: ours, `generate`'s, and the bound that memory sets. On a GPU also
+ours without the recorded step (a CUDA graph, see `SharedPromptCache.replay`).
 
     python benchmarks/decode.py                                        # the built-in shape, a CPU
     python benchmarks/decode.py --device cuda --models 0.5B 1.5B --rows 32 128
@@ -19,7 +20,7 @@ import memory  # noqa: E402
 import step  # noqa: E402
 
 import sampling  # noqa: E402
-from shared_prompt import SharedPromptCache  # noqa: E402
+import shared_prompt  # noqa: E402
 
 GROUP = 4  # rows of one prompt
 
@@ -34,14 +35,20 @@ def bytes_per_second(device):
 
 @torch.no_grad()
 def measure(kind, rows, args):
-    """(ours, generate's), in tokens a second."""
+    """(ours, without recording, generate's), in tokens a second."""
     lengths = (args.prompt,) * (rows // GROUP)
     model, tokenizer, prompts, _ = step.build(kind, lengths, args.device)
     ids = torch.tensor(prompts, device=args.device).repeat_interleave(GROUP, 0)  # (rows, prompt)
+    settings = (GROUP, 1.0, args.new, shared_prompt.SharedPromptCache)
     seconds = []
     for _ in range(args.times + 1):  # the first is a warm-up
-        with step.force_lengths(model, (args.new,) * GROUP):
-            sampling.sample(model, tokenizer, prompts, GROUP, 1.0, args.new, SharedPromptCache)
+        took = []
+        for recorded in (shared_prompt.RECORD, 0):
+            shared_prompt.RECORD, before = recorded, shared_prompt.RECORD
+            with step.force_lengths(model, (args.new,) * GROUP):
+                sampling.sample(model, tokenizer, prompts, *settings)
+            shared_prompt.RECORD = before
+            took.append(step.TOOK["sampling"])
         start = step.clock()
         with sampling.autocast(model):
             model.generate(
@@ -51,9 +58,8 @@ def measure(kind, rows, args):
                 min_new_tokens=args.new,
                 max_new_tokens=args.new,
             )
-        seconds.append((step.TOOK["sampling"], step.clock() - start))
-    ours, theirs = zip(*seconds[1:])
-    return rows * args.new / min(ours), rows * args.new / min(theirs)
+        seconds.append((*took, step.clock() - start))
+    return [rows * args.new / min(column) for column in zip(*seconds[1:])]
 
 
 def main():
@@ -68,13 +74,14 @@ def main():
     args = parser.parse_args()
     speed = bytes_per_second(args.device)
     print(f"{args.device}: {speed / 1e9:.0f} GB/s in a copy")
-    print("model   rows      ours  generate     bound   tokens a second")
+    print("model   rows      ours  unrecorded  generate     bound   tokens a second")
     for kind in args.models:
         number = 2 if sampling.has_bf16(args.device) else 4  # bytes
         for rows in args.rows:
-            ours, theirs = measure(kind, rows, args)
+            ours, unrecorded, theirs = measure(kind, rows, args)
             bound = rows * speed / (number * memory.sizes(kind)[0])
-            print(f"{kind:6} {rows:5} {ours:9,.0f} {theirs:9,.0f} {bound:9,.0f}", flush=True)
+            cells = f"{ours:9,.0f} {unrecorded:11,.0f} {theirs:9,.0f} {bound:9,.0f}"
+            print(f"{kind:6} {rows:5} {cells}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 #!/bin/bash
 # What a machine with one NVIDIA GPU and no network can say, in at most 8 minutes:
 #   bash benchmarks/gpu.sh OUT [WHEELS]
-# WHEELS: a folder with the wheels of requirements-dev.txt, for what is not installed. Each part has
-# its own time and its own log in OUT; one that fails leaves the others alone.
+# WHEELS: a folder with wheels of what is not installed there. Each part has its own time and its own
+# log in OUT; one that fails leaves the others alone.
 cd "$(dirname "$0")/.." || exit 1
 OUT=${1:?a folder for the logs} WHEELS=$2 DEVICE=${DEVICE:-cuda}
 mkdir -p "$OUT"
@@ -16,11 +16,15 @@ part() { # name, seconds, command
 }
 
 if [ -n "$WHEELS" ]; then
-    part install 60 python -m pip install --no-index --find-links "$WHEELS" -r requirements-dev.txt
+    site=$(mktemp -d)
+    part install 30 python3 -m pip install --no-index --no-deps --target "$site" "$WHEELS"/*.whl
+    export PYTHONPATH="$site"
 fi
 nvidia-smi >"$OUT/device.txt" 2>&1
-part decode 60 python benchmarks/decode.py --device "$DEVICE" --models ${MODELS:-0.5B 1.5B}
-part memory 60 python benchmarks/memory.py --device "$DEVICE" --models 0.5B --measure 0.5B
-part train 150 python train.py --device "$DEVICE" --out "$OUT/run"
-part step 90 python benchmarks/step.py --device "$DEVICE" --shapes ${SHAPES:-gpu-0.5b gpu-1.5b}
-part tests 120 python -m pytest -q
+part tests 80 python3 -m pytest -q -m gpu -n 0 -rP
+part decode 80 python3 benchmarks/decode.py --device "$DEVICE" --models ${MODELS:-tiny 0.5B 1.5B}
+part train 130 python3 train.py --device "$DEVICE" --out "$OUT/run"
+part step 80 python3 benchmarks/step.py --device "$DEVICE" --shapes ${SHAPES:-gpu-0.5b gpu-1.5b} --repeats 3
+LONG="--models 0.5B 1.5B --measure 0.5B 1.5B --prompt 2048 --completion 512"
+part memory 40 python3 benchmarks/memory.py --device "$DEVICE" $LONG
+part checkpointing 40 python3 benchmarks/memory.py --device "$DEVICE" $LONG --checkpointing
