@@ -17,14 +17,14 @@ part() { # name, seconds, command
 
 if [ -n "$WHEELS" ]; then
     site=$(mktemp -d)
-    part install 30 python3 -m pip install --no-index --no-deps --target "$site" "$WHEELS"/*.whl
+    part install 20 python3 -m pip install --no-index --no-deps --target "$site" "$WHEELS"/*.whl
     export PYTHONPATH="$site"
 fi
 nvidia-smi >"$OUT/device.txt" 2>&1
-part tests 80 python3 -m pytest -q -m gpu -n 0 -rP
-part decode 80 python3 benchmarks/decode.py --device "$DEVICE" --models ${MODELS:-tiny 0.5B 1.5B}
+part tests 90 python3 -m pytest -m gpu -n 0 -rP
+part decode 70 python3 benchmarks/decode.py --device "$DEVICE" --models ${MODELS:-tiny 0.5B 1.5B}
 part train 130 python3 train.py --device "$DEVICE" --out "$OUT/run"
-part step 80 python3 benchmarks/step.py --device "$DEVICE" --shapes ${SHAPES:-gpu-0.5b gpu-1.5b} --repeats 3
+part step 90 python3 benchmarks/step.py --device "$DEVICE" --shapes ${SHAPES:-gpu-0.5b} --repeats 2
 LONG="--models 0.5B 1.5B --measure 0.5B 1.5B --prompt 2048 --completion 512"
 part memory 40 python3 benchmarks/memory.py --device "$DEVICE" $LONG
 part checkpointing 40 python3 benchmarks/memory.py --device "$DEVICE" $LONG --checkpointing

@@ -57,7 +57,8 @@ def build(kind, prompts, device):
     special |= dict(zip(SIZES.split(), sizes), vocab_size=vocabulary)
     config = transformers.AutoConfig.for_model(name, **special)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).to(device)
+    with torch.device(device):  # made there: a CPU takes a minute for the larger ones
+        model = transformers.AutoModelForCausalLM.from_config(config)
     words = {"<pad>": 0, "<end>": 1} | {f"w{i}": i for i in range(2, vocabulary)}
     words = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -82,6 +82,26 @@ def test_both_caches_sample_the_same(model, tokenizer, prompts, n, temperature, 
         assert len({len(completion.ids) for completion in results[0]}) > 1
 
 
+def test_a_step_may_look_at_more_than_is_written(model, tokenizer, prompts, monkeypatch):
+    """As a recorded one does on a GPU, which looks at the same room each time (test_gpu.py)."""
+    monkeypatch.setattr(sampling, "stop_ids", lambda *_: list(range(0, 370, 7)))
+    usual = SharedPromptCache.run_layers
+
+    def with_room(self, decoder, x, cos, sin, room):
+        return usual(self, decoder, x, cos, sin, min(room + 7, 20))
+
+    results = []
+    for run_layers in (usual, with_room):
+        monkeypatch.setattr(SharedPromptCache, "run_layers", run_layers)
+        torch.manual_seed(2)
+        groups = sample(model, tokenizer, prompts, 5, 0.9, 20, SharedPromptCache)
+        results.append(list(chain(*groups)))
+    for usual_row, roomy_row in zip(*results):
+        assert usual_row.ids == roomy_row.ids
+        logprobs = torch.tensor(roomy_row.logprobs)
+        torch.testing.assert_close(torch.tensor(usual_row.logprobs), logprobs, atol=2e-5, rtol=0)
+
+
 OTHER = [("mistral", {"sliding_window": 4, "num_key_value_heads": 2}), ("gptj", {})]
 
 
