@@ -47,24 +47,29 @@ SHAPES = {  # model, tokens of each prompt, tokens of each of its G completions
     "gpu-1.5b": ("1.5B", (1024,) * 4, (256,) * 8),
     "toy": ("tiny", (12, 20), (4, 5, 7, 9)),  # does this script work?
 }
-STEPS, TOOK = {}, {}  # in a method's process: its steps, and what the last one took
+# in a method's process
+STEPS = {}  # shape: its steps, a generator
+TOOK = {}  # what the last one took, in seconds; "memory": what was held before, in MB
 
 
 def build(kind, prompts, device):
     """Random weights, a tokenizer of words w2 w3 ..., prompts of random words, an optimizer."""
     name, vocabulary, *sizes = MODELS[kind]
-    special = dict(pad_token_id=0, bos_token_id=None, eos_token_id=1, tie_word_embeddings=True)
-    special |= dict(zip(SIZES.split(), sizes), vocab_size=vocabulary)
-    config = transformers.AutoConfig.for_model(name, **special)
+    sizes = dict(zip(SIZES.split(), sizes), vocab_size=vocabulary, tie_word_embeddings=True)
+    special = dict(pad_token_id=0, bos_token_id=None, eos_token_id=1)
+    config = transformers.AutoConfig.for_model(name, **sizes, **special)
     torch.manual_seed(0)
     with torch.device(device):  # made there: a CPU takes a minute for the larger ones
         model = transformers.AutoModelForCausalLM.from_config(config)
     words = {"<pad>": 0, "<end>": 1} | {f"w{i}": i for i in range(2, vocabulary)}
-    words = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = dict(pad_token="<pad>", eos_token="<end>", padding_side="left")
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
-    ids = [random.Random(i).choices(range(2, vocabulary), k=p) for i, p in enumerate(prompts)]
+    splits = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    splits.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=splits, pad_token="<pad>", eos_token="<end>", padding_side="left"
+    )
+    ids = []
+    for i, length in enumerate(prompts):
+        ids.append(random.Random(i).choices(range(2, vocabulary), k=length))
     TOOK["memory"] = peak(device)
     return model, tokenizer, ids, torch.optim.AdamW(model.parameters(), lr=1e-6)
 
@@ -78,24 +83,39 @@ def force_lengths(model, lengths, eos=1):
     Where lengths differ, a row must be known when others have left the batch: row i only says
     tokens with id % G = i, after the first (G of which may be drawn from one row of logits).
     """
-    g, device, ids, step = len(lengths), model.device, None, -1
-    differ, due = len(set(lengths)) > 1, torch.tensor(lengths, device=device)
-    token = torch.arange(model.config.vocab_size, device=device)
-    barred = (token % g != torch.arange(g, device=device)[:, None]) & differ | (token == eos)
+    g = len(lengths)
+    device = model.device
+    differ = len(set(lengths)) > 1
+    due = torch.tensor(lengths, device=device)  # (G,)
+    token = torch.arange(model.config.vocab_size, device=device)  # (V,)
+    is_end = token == eos
+    others = token % g != torch.arange(g, device=device)[:, None]  # (G, V): what row i never says
+    ids = None  # what went in last
+    step = -1  # how many tokens each row has by now
 
     def goes_in(module, args):
         nonlocal ids, step
         ids = args[0].view(len(args[0]), -1)  # (rows, tokens), or (rows,) from shared_prompt.py
-        step = 0 if ids.shape[1] > 1 else step + 1  # a prompt: begin again
+        if ids.shape[1] > 1:  # a prompt: begin again
+            step = 0
+        else:
+            step += 1
 
     def comes_out(module, args, logits):
-        row = (ids[:, -1] if step > 1 else torch.arange(len(ids), device=device)) % g
-        no = torch.where((due[row] == step + 1)[:, None], token != eos, barred[row])
         last = logits.view(len(ids), -1, logits.shape[-1])[:, -1]  # (rows, V)
-        last.masked_fill_(no if differ and step else token == eos, -torch.inf)
+        if not differ or step == 0:
+            last.masked_fill_(is_end, -torch.inf)
+            return
+        if step > 1:
+            row = ids[:, -1] % g  # by what it said
+        else:
+            row = torch.arange(len(ids), device=device) % g
+        is_due = due[row] == step + 1
+        last.masked_fill_(torch.where(is_due[:, None], ~is_end, others[row] | is_end), -torch.inf)
 
-    inside, outside = model.get_input_embeddings(), model.get_output_embeddings()
-    with inside.register_forward_pre_hook(goes_in), outside.register_forward_hook(comes_out):
+    into = model.get_input_embeddings().register_forward_pre_hook(goes_in)
+    out_of = model.get_output_embeddings().register_forward_hook(comes_out)
+    with into, out_of:
         start = clock()
         yield
         TOOK["sampling"] = clock() - start
@@ -117,7 +137,9 @@ def peak(device):
 def ours(kind, prompts, lengths, device):
     """Steps that run each prompt once. (Forcing makes the ratios in this loss differ from 1.)"""
     model, tokenizer, prompts, optimizer = build(kind, prompts, device)
-    b, g, room = len(prompts), len(lengths), max(lengths)
+    b = len(prompts)
+    g = len(lengths)
+    room = max(lengths)
     args = train.Arguments(questions_per_step=b, group_size=g, max_new_tokens=room)
     while True:
         with force_lengths(model, lengths):
@@ -129,7 +151,7 @@ def ours(kind, prompts, lengths, device):
         train.loss_and_gradient(args, model, None, groups)
         optimizer.step()
         optimizer.zero_grad()
-        yield [len(completion.ids) for completion in sum(completions, [])]
+        yield [len(completion.ids) for group in completions for completion in group]
 
 
 def plain(kind, prompts, lengths, device):
@@ -159,27 +181,46 @@ def trl(kind, prompts, lengths, device):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
+    class Watch(transformers.TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            TOOK["start"] = clock()
+
+        def on_step_end(self, *args, **kwargs):
+            TOOK["all"] = clock() - TOOK["start"]
+
     model, tokenizer, prompts, _ = build(kind, prompts, device)
     model.generate = force_lengths(model, lengths)(model.generate)
-    rows, seen, watch = len(prompts) * len(lengths), [], transformers.TrainerCallback()
-    watch.on_step_begin = lambda *args, **kwargs: TOOK.update(start=clock())
-    watch.on_step_end = lambda *args, **kwargs: TOOK.update(all=clock() - TOOK["start"])
+    rows = len(prompts) * len(lengths)
+    seen = []  # lengths of the completions
 
     def reward(completion_ids, **kwargs):
         seen[:] = map(len, completion_ids)
         return torch.rand(len(completion_ids)).tolist()
 
     parts = len(prompts) if device == "cuda" else 1  # all at once is too much for a GPU
-    size = dict(num_generations=len(lengths), max_completion_length=max(lengths), max_steps=1)
-    size |= dict(per_device_train_batch_size=rows // parts, gradient_accumulation_steps=parts)
-    loss = dict(loss_type="dr_grpo", scale_rewards="none", max_grad_norm=0.0)
-    quiet = dict(logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True)
-    place = dict(use_cpu=device == "cpu", bf16=device == "cuda", output_dir=tempfile.mkdtemp())
-    config = GRPOConfig(**size, **loss, **quiet, **place, gradient_checkpointing=False)
-    data = Dataset.from_list([{"prompt": " ".join(f"w{i}" for i in ids)} for ids in prompts])
+    config = GRPOConfig(
+        num_generations=len(lengths),
+        max_completion_length=max(lengths),
+        max_steps=1,
+        per_device_train_batch_size=rows // parts,
+        gradient_accumulation_steps=parts,
+        gradient_checkpointing=False,
+        loss_type="dr_grpo",
+        scale_rewards="none",
+        max_grad_norm=0.0,
+        use_cpu=device == "cpu",
+        bf16=device == "cuda",
+        output_dir=tempfile.mkdtemp(),
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    texts = [" ".join(f"w{i}" for i in ids) for ids in prompts]
+    data = Dataset.from_list([{"prompt": text} for text in texts])
     assert tokenizer(list(data["prompt"]))["input_ids"] == prompts
     trainer = GRPOTrainer(model, reward, config, data, processing_class=tokenizer)
-    trainer.add_callback(watch)
+    trainer.add_callback(Watch())
     trainer.remove_callback(transformers.PrinterCallback)
     while True:
         trainer.train()
@@ -188,9 +229,10 @@ def trl(kind, prompts, lengths, device):
 
 def one_step(method, shape, device):
     """In a method's process: seconds of sampling, training, both; peak memory, and before steps."""
-    steps = STEPS.setdefault(shape, globals()[method](*shape, device))
+    if shape not in STEPS:
+        STEPS[shape] = globals()[method](*shape, device)
     start = clock()
-    lengths = next(steps)
+    lengths = next(STEPS[shape])
     took = TOOK.get("all", clock() - start)
     assert lengths == list(shape[2]) * len(shape[1]), (method, lengths)
     return TOOK["sampling"], took - TOOK["sampling"], took, peak(device), TOOK["memory"]
@@ -198,16 +240,21 @@ def one_step(method, shape, device):
 
 def measure(shape, methods, device, repeats):
     """Per method what `one_step` returns, row by row; and the operations/s of a matrix product."""
-    rows, rates = {m: [] for m in methods}, []
-    a = torch.ones(2048, 2048, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    rows = {method: [] for method in methods}
+    rates = []
+    a = torch.rand(2048, 2048, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     timer = Timer("a @ a", globals={"a": a.to(device)}, num_threads=torch.get_num_threads())
-    for together in [methods] if device == "cpu" else [[m] for m in methods]:  # a GPU is for one
-        pools = {m: get_context("spawn").Pool(1) for m in together}  # a process for each
-        for repeat in range(repeats + 1):  # the first is for warming up
+    turns = [methods]
+    if device != "cpu":
+        turns = [[method] for method in methods]  # a GPU is for one
+    for together in turns:
+        pools = {method: get_context("spawn").Pool(1) for method in together}
+        for repeat in range(repeats + 1):
             rates.append(2 * 2048**3 / timer.timeit(5).median)
-            for m, pool in pools.items():
-                row = pool.apply(one_step, (m, shape, device))
-                rows[m] += [row] if repeat else []
+            for method, pool in pools.items():
+                row = pool.apply(one_step, (method, shape, device))
+                if repeat > 0:  # the first is for warming up
+                    rows[method].append(row)
         for pool in pools.values():
             pool.terminate()
     return rows, median(rates)
@@ -223,21 +270,27 @@ def needed(kind, prompts, lengths):
     _, vocabulary, width, inner, layers, heads, kv = MODELS[kind]
     weights = layers * width * (2 * width + 2 * kv * width // heads + 3 * inner)
     said = len(prompts) * sum(lengths)
-    pairs = sum(p * p / 2 + sum(r * p + r * r / 2 for r in lengths) for p in prompts)
-    forward = weights * (sum(prompts) + said) + vocabulary * width * said
-    return [2 * times * (forward + 2 * width * layers * pairs) for times in (1, 3, 4)]
+    pairs = 0
+    for p in prompts:
+        pairs += p * p / 2 + sum(r * p + r * r / 2 for r in lengths)
+    products = weights * (sum(prompts) + said) + vocabulary * width * said
+    forward = 2 * (products + 2 * width * layers * pairs)
+    return [forward, 3 * forward, 4 * forward]
 
 
 def table(name, rows, rate):
     """Lines of the table; with each time, which share of the floor's speed it is."""
-    floor = [operations / rate for operations in needed(*SHAPES[name])]
-    middle = {m: [median(column) for column in zip(*rows[m])] for m in rows}
-    middle[f"floor at {rate / 1e9:.0f} GFLOP/s"] = [*floor, 0, 0]
-    for m, (*times, top, before) in middle.items():
+    kind, prompts, lengths = SHAPES[name]
+    floor = [operations / rate for operations in needed(kind, prompts, lengths)]
+    medians = {}
+    for method, of_method in rows.items():
+        medians[method] = [median(column) for column in zip(*of_method)]
+    medians[f"floor at {rate / 1e9:.0f} GFLOP/s"] = [*floor, 0, 0]
+    for method, (*times, top, before) in medians.items():
         cells = [f"{time:.2f} ({best / time:.0%})" for time, best in zip(times, floor)]
-        cells += [f"{len(SHAPES[name][1]) * sum(SHAPES[name][2]) / times[2]:,.0f}"]
-        cells += [f"{top:,.0f}", f"{top - before:,.0f}", f"{middle['trl'][2] / times[2]:.2f}"]
-        print("|", " | ".join([name, m, *cells]), "|", flush=True)
+        cells.append(f"{len(prompts) * sum(lengths) / times[2]:,.0f}")
+        cells += [f"{top:,.0f}", f"{top - before:,.0f}", f"{medians['trl'][2] / times[2]:.2f}"]
+        print("|", " | ".join([name, method, *cells]), "|", flush=True)
 
 
 def plot(file, repeats, r=128):
@@ -246,10 +299,12 @@ def plot(file, repeats, r=128):
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(5, 3.5))
-    points, ratios = (1, 2, 3, 5, 9), []
+    points = (1, 2, 3, 5, 9)
+    ratios = []
     for x in points:
         rows, _ = measure(("5M", (x * r,) * 4, (r,) * 8), ["trl", "ours"], "cpu", repeats)
-        trls, own = (median(row[2] for row in rows[m]) for m in rows)
+        trls = median(row[2] for row in rows["trl"])
+        own = median(row[2] for row in rows["ours"])
         ratios.append(trls / own)
         print(f"P = {x * r}, R = {r}: {trls:.2f} s / {own:.2f} s = {trls / own:.2f}", flush=True)
     axis.plot(points, ratios, "o-")
