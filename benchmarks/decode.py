@@ -79,7 +79,7 @@ def main():
         number = 2 if sampling.has_bf16(args.device) else 4  # bytes
         for rows in args.rows:
             ours, unrecorded, theirs = measure(kind, rows, args)
-            bound = rows * speed / (number * memory.sizes(kind)[0])
+            bound = rows * speed / (number * memory.sizes(kind).weights)
             cells = f"{ours:9,.0f} {unrecorded:11,.0f} {theirs:9,.0f} {bound:9,.0f}"
             print(f"{kind:6} {rows:5} {cells}", flush=True)
 

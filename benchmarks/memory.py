@@ -27,6 +27,7 @@ import argparse
 import os
 import random
 import sys
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -43,84 +44,139 @@ from shared_prompt import SharedPromptCache  # noqa: E402
 FRAME = "{:6}" + "{:>10}" * 14
 
 
+@dataclass
+class Sizes:
+    """Of a model; `kv` is the width of its keys, which is h without grouped heads."""
+
+    weights: int
+    h: int
+    inner: int
+    layers: int
+    kv: int
+    vocabulary: int
+
+
 def sizes(kind):
-    """N without making the weights, and the numbers of the shape."""
+    """`Sizes` of a kind of step.MODELS, without making the weights."""
     name, vocabulary, *numbers = step.MODELS[kind]
     own = dict(zip(step.SIZES.split(), numbers), vocab_size=vocabulary, tie_word_embeddings=True)
     with torch.device("meta"):
         config = transformers.AutoConfig.for_model(name, **own)
         model = transformers.AutoModelForCausalLM.from_config(config)
-    h, inner, layers, heads, kv = numbers
-    return sum(p.numel() for p in model.parameters()), h, inner, layers, h // heads * kv, vocabulary
+    weights = sum(p.numel() for p in model.parameters())
+    h, inner, layers, heads, kv_heads = numbers
+    return Sizes(weights, h, inner, layers, h // heads * kv_heads, vocabulary)
+
+
+def number_bytes(args):
+    """b: of a number that is computed with."""
+    return 4 if args.device == "cpu" else 2
+
+
+def token_bytes(kind, args):
+    """Of one token's keys and values."""
+    model = sizes(kind)
+    return 2 * model.layers * model.kv * number_bytes(args)
 
 
 def cache_room(kind, args):
-    """How many tokens' keys and values the cache of this model may hold, and the bytes of one."""
-    _, _, _, layers, kv, _ = sizes(kind)
+    """How many tokens' keys and values the cache of this model may hold."""
     if args.device == "cpu":
-        token = 2 * layers * kv * 4
-        return min(2**14, 2**30 // token), token
-    token = 2 * layers * kv * 2
-    return int(args.gpu_gb * 2**30) // 4 // token, token
+        return min(2**14, 2**30 // token_bytes(kind, args))
+    return int(args.gpu_gb * 2**30) // 4 // token_bytes(kind, args)
 
 
-def shape(kind, args):
-    """Prompts that are sampled at one time, and prompts in a training micro-batch."""
-    room, _ = cache_room(kind, args)
+def prompts_at_a_time(kind, args):
+    """(in sampling, in a micro-batch of training)."""
     shared = args.prompt + args.group * args.completion
     copies = args.group * (args.prompt + args.completion)
-    asked = min(args.questions, max(1, room // shared))
-    per_group = copies if args.checkpointing else shared
-    return asked, min(args.questions, max(1, args.tokens_per_batch // per_group)), room
+    sampled = cache_room(kind, args) // shared
+    trained = args.tokens_per_batch // (copies if args.checkpointing else shared)
+    return min(args.questions, max(1, sampled)), min(args.questions, max(1, trained))
 
 
 def joined_bytes(kind, b):
     """What shared_prompt.join copies of this model, in numbers of b bytes."""
-    _, h, inner, layers, kv, _ = sizes(kind)
-    return layers * h * (h + 2 * kv + 2 * inner) * b
+    model = sizes(kind)
+    return model.layers * model.h * (model.h + 2 * model.kv + 2 * model.inner) * b
 
 
-def agent_bytes(args):
-    """The largest agent's weights, and its cache for a step's worth of questions."""
-    asked, _, _ = shape(args.agent, args)
-    _, token = cache_room(args.agent, args)
-    tokens = asked * (args.prompt + args.group * args.completion)
-    return 2 * sizes(args.agent)[0] + joined_bytes(args.agent, 2) + tokens * token
+def cache_bytes(kind, args):
+    """Of all prompts that are sampled at one time."""
+    sampled, _ = prompts_at_a_time(kind, args)
+    tokens = sampled * (args.prompt + args.group * args.completion)
+    return tokens * token_bytes(kind, args)
+
+
+def activation_bytes(kind, args):
+    """What a micro-batch keeps for its backward pass."""
+    model = sizes(kind)
+    b = number_bytes(args)
+    h = model.h
+    _, trained = prompts_at_a_time(kind, args)
+    rows = trained * args.group
+    tokens = trained * (args.prompt + args.group * args.completion)
+    if args.checkpointing:
+        tokens = rows * (args.prompt + args.completion)
+    of_tokens = tokens * (4 * model.inner + 4 * h)
+    of_keys = rows * 2 * h * (args.prompt + args.completion)
+    layer = b * (of_tokens + of_keys) + 16 * tokens * h
+    if args.checkpointing:
+        return 4 * model.layers * tokens * h + layer
+    return (model.layers + 1) * layer
 
 
 def compute(kind, args):
     """The columns, in bytes."""
-    n, h, inner, layers, kv, vocabulary = sizes(kind)
-    b = 4 if args.device == "cpu" else 2
-    p, r, g, (asked, trained, _) = args.prompt, args.completion, args.group, shape(kind, args)
-    rows, t = trained * g, trained * (g * (p + r) if args.checkpointing else p + g * r)
-    layer = b * (t * (4 * inner + 4 * h) + rows * 2 * h * (p + r)) + 4 * t * 4 * h
-    active = 4 * layers * t * h + layer if args.checkpointing else (layers + 1) * layer
-    cache, copy = 2 * layers * kv * b * asked * (p + g * r), 2 * n if b == 2 else 0
-    logits = [16 * vocabulary * tokens for tokens in (asked * g, min(1024, rows * r))]
-    columns = {"weights": 4 * n, "gradients": 4 * n, "AdamW": 8 * n, "copy": copy}
-    joined = joined_bytes(kind, b)
-    columns |= {"agent": agent_bytes(args), "cache": cache, "joined": joined, "logits": logits[0]}
-    columns |= {"activ.": active, " logits": logits[1]}
-    sampling, training = 4 * n + cache + joined + logits[0], 16 * n + copy + active + logits[1]
-    return columns | {"sampling": sampling, "meas.": None, "training": training, " meas.": None}
+    model = sizes(kind)
+    n = model.weights
+    sampled, trained = prompts_at_a_time(kind, args)
+    copy = 0 if args.device == "cpu" else 2 * n
+    agent = 2 * sizes(args.agent).weights + joined_bytes(args.agent, 2)
+    agent += cache_bytes(args.agent, args)
+    cache = cache_bytes(kind, args)
+    joined = joined_bytes(kind, number_bytes(args))
+    activations = activation_bytes(kind, args)
+    logits_sampled = 16 * model.vocabulary * sampled * args.group
+    tokens_at_a_time = min(1024, trained * args.group * args.completion)
+    logits_trained = 16 * model.vocabulary * tokens_at_a_time
+    return {
+        "weights": 4 * n,
+        "gradients": 4 * n,
+        "AdamW": 8 * n,
+        "copy": copy,
+        "agent": agent,
+        "cache": cache,
+        "joined": joined,
+        "logits": logits_sampled,
+        "activ.": activations,
+        " logits": logits_trained,
+        "sampling": 4 * n + cache + joined + logits_sampled,
+        "meas.": None,
+        "training": 16 * n + copy + activations + logits_trained,
+        " meas.": None,
+    }
 
 
 def measure(kind, phase, args):
     """In a process of its own: proposals-length sampling, or a training step with its AdamW."""
     if args.device == "cuda":
         torch.cuda.init()
-    before, (asked, trained, room) = step.peak(args.device), shape(kind, args)
-    prompts = (args.prompt,) * (asked if phase == "sampling" else trained)
+    before = step.peak(args.device)
+    sampled, trained = prompts_at_a_time(kind, args)
+    prompts = (args.prompt,) * (sampled if phase == "sampling" else trained)
     model, tokenizer, prompts, optimizer = step.build(kind, prompts, args.device)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:  # building a model takes more than having one
         Path("/proc/self/clear_refs").write_text("5")
-    g, r = args.group, args.completion
+    g = args.group
+    r = args.completion
     if phase == "sampling":
         with step.force_lengths(model, (r,) * g):
-            sampling.sample(model, tokenizer, prompts, g, 1.0, r, SharedPromptCache, room)
+            sampling.sample(
+                model, tokenizer, prompts, g, 1.0, r, SharedPromptCache, cache_room(kind, args)
+            )
     else:
         if args.checkpointing:
             model.activation_checkpointing_enable()
@@ -153,8 +209,9 @@ def main():
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"  # what is freed is given back, and not counted
     print(f"MB, for {args.device}; P {args.prompt}, R {args.completion}, G {args.group};", end=" ")
     for kind in args.models:
-        asked, trained, _ = shape(kind, args)
-        print(f"{kind}: {asked} prompts sampled at one time, {trained} in a micro-batch;", end=" ")
+        sampled, trained = prompts_at_a_time(kind, args)
+        at_a_time = f"{sampled} prompts sampled at one time, {trained} in a micro-batch"
+        print(f"{kind}: {at_a_time};", end=" ")
     print()
     print("All but meas. is computed; sampling and training are sums of what stands before them.\n")
     print(FRAME.format("model", *compute("tiny", args)))
