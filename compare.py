@@ -73,7 +73,8 @@ def comparisons(results, bits="correct"):
 
 @dataclass
 class RunGroup:
-    """Runs that differ in nothing but their seed (and where, and in how much memory, they ran)."""
+    """Runs that differ in nothing but their seed (and where, and in how much memory, they ran).
+    Two of the same seed are no repetitions: what differs, such as the code, is not in a setting."""
 
     name: str  # A, B, ...
     settings: dict
@@ -88,7 +89,10 @@ def group_runs(folders, configs, results):
     groups = []
     for folder, config, of_run in zip(folders, configs, results):
         settings = settings_that_count(config)
-        fitting = [group for group in groups if group.settings == settings]
+        fitting = []
+        for group in groups:
+            if group.settings == settings and config["seed"] not in group.seeds:
+                fitting.append(group)
         if fitting:
             group = fitting[0]
         else:
@@ -286,6 +290,8 @@ def print_groups(groups):
     differing = differing_settings(groups)
     for group in groups:
         values = [f"{name}={shown(group.settings.get(name))}" for name in differing]
+        if not differing:
+            values = ["no setting differs; another version of the code?"]
         print(f"\n{group.name}: {'; '.join(values)}  ({', '.join(group.folders)})")
         print_rows(group.results)
     first, *others = groups

@@ -511,6 +511,18 @@ def test_runs_of_other_settings_stand_side_by_side(run, capsys):
     assert max(map(len, gains)) <= 118  # its last line is wrapped
 
 
+def test_runs_of_one_seed_are_no_repetitions(run, capsys):
+    """What was changed between them is the code: an exercise, beside the run before it."""
+    paths = [run.path, another_run(run, "changed"), another_run(run, "other-seed", seed=9)]
+    paths.append(another_run(run, "changed-other-seed", seed=9))
+    evaluate.main([str(path) for path in paths])
+    printed = capsys.readouterr().out
+    heading = "no setting differs; another version of the code?"
+    assert f"\nA: {heading}  ({paths[0]}, {paths[2]})\n" in printed
+    assert f"\nB: {heading}  ({paths[1]}, {paths[3]})\n" in printed
+    assert "Gains of B over A" in printed
+
+
 def test_a_team_beside_plain_grpo(run, capsys):
     paths = [str(another_run(run, "grpo", agents=["none"], proposals="p.jsonl")), str(run.path)]
     evaluate.main(paths)
