@@ -40,13 +40,15 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
 
     prompts: B lists of token ids. completions: B lists of G lists of token ids. Returns the
     log-probabilities and the mask of real tokens, the end of sequence included: (B G, R) each.
-    shared_prompt.py has the same function with each prompt run once for its group.
+    The default run calls the same function of shared_prompt.py, which runs each prompt once for its
+    group; `--plain` calls this one.
     """
     pairs = []  # of a prompt and one completion: B G of them
     for prompt, group in zip(prompts, completions):
         pairs += [(prompt, said) for said in group]
     ids, mask = pad([prompt + said for prompt, said in pairs], model.device, "right")  # (B G, P+R)
-    model.train(model.is_activation_checkpointing)  # transformers recomputes in training mode only
+    # False but with --checkpointing: transformers recomputes in training mode only
+    model.train(model.is_activation_checkpointing)
     with autocast(model):
         hidden = model.base_model(ids, attention_mask=mask, use_cache=False)[0]  # (B G, P+R, d)
     model.eval()
@@ -57,6 +59,7 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
         targets = ids[i, len(prompt) : len(prompt) + len(said)]  # (R_i,)
         logprobs.append(token_logprobs(model, before, targets, temperature))
     _, completion_mask = pad([said for _, said in pairs], model.device, "right")
+    # 0 behind the end of a shorter completion, where the mask is 0 too: the loss leaves it out
     return pad_sequence(logprobs, batch_first=True), completion_mask
 
 
@@ -114,7 +117,9 @@ def grpo_loss(
 
     logprobs, old_logprobs (from sampling), reference_logprobs and mask: (completions, tokens);
     advantages: (completions,). Z, the normalizer, is a constant: train.py gives completions x
-    longest possible completion (Dr. GRPO); by default it is the size of the mask.
+    longest possible completion (Dr. GRPO), so that every token of the step weighs the same; a mean
+    over each completion would make the tokens of a long wrong one count less. By default it is the
+    number of places in the mask, padding included.
 
     In the first gradient step after sampling rho is 1 and the clip does nothing: the gradient is
     that of plain policy gradient, A_i grad log pi. Clipping matters from the second step on
