@@ -57,18 +57,24 @@ def estimate(values):
     """(mean, half of its 95% interval, p of a mean of 0) of a (seeds, questions) matrix, in which
     NaN is what is left out. From one seed: over its questions alone."""
     there = np.isfinite(values)
-    values, there = values[there.any(1)][:, there.any(0)], there[there.any(1)][:, there.any(0)]
+    measured_seeds = there.any(1)
+    measured_questions = there.any(0)
+    values = values[measured_seeds][:, measured_questions]
+    there = there[measured_seeds][:, measured_questions]
     mean = float(values[there].mean())
-    rest, parts = np.where(there, values - mean, 0), []
+    rest = np.where(there, values - mean, 0)
+    parts = []  # (variance, degrees of freedom)
     for sums in (rest.sum(1), rest.sum(0)):  # of each seed, of each question
-        if (n := len(sums)) > 1:  # with nothing left out: the variance of their means / n
+        n = len(sums)
+        if n > 1:  # with nothing left out: the variance of their means / n
             parts.append(((sums**2).sum() * n / (n - 1) / there.sum() ** 2, n - 1))
     variance = sum(v for v, _ in parts)
     if variance < 1e-12:
         return mean, 0.0, float(abs(mean) < 1e-12)
     freedom = variance**2 / sum(v**2 / df for v, df in parts)
     error = math.sqrt(variance)
-    half, p = stats.t.isf(0.025, freedom) * error, 2 * stats.t.sf(abs(mean) / error, freedom)
+    half = stats.t.isf(0.025, freedom) * error
+    p = 2 * stats.t.sf(abs(mean) / error, freedom)
     return mean, float(half), float(p)
 
 
@@ -115,16 +121,16 @@ def difference(rows, one, other, mask=None):
 
 
 def table(head, lines):
-    """A Markdown table; or that it is still to be measured."""
+    """A Markdown table; nothing if it has no lines."""
     if not lines:
-        return "(Not measured yet.)\n"
+        return ""
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + "\n"
 
 
 def compared(rows, ones, versus, mask=None):
     """A table of what has been measured of `ones`, (label, (variant, mode)), each with its
-    difference to `versus`, (variant, mode)."""
+    difference to `versus`, (variant, mode); nothing if that is all there is."""
     lines = []
     for label, one in ones:
         if bits(rows, *one):
@@ -132,7 +138,9 @@ def compared(rows, ones, versus, mask=None):
             lines.append(
                 [label, seeds, share(rows, one, mask), difference(rows, one, versus, mask)]
             )
-    return table(["who", "seeds", "right", "*d*"], lines)
+    if len(lines) < 2:
+        return ""
+    return table(["who", "seeds", "right", "*d*"], lines) + "\n"
 
 
 def leaders(rows, names, versus):
@@ -140,8 +148,13 @@ def leaders(rows, names, versus):
     text = ""
     for mode in ("three:1", "alone"):
         ones = [(f"{LABELS[name]}: {title(mode)}", (name, mode)) for name in names]
-        text += compared(rows, ones, (versus, mode)) + "\n"
+        text += compared(rows, ones, (versus, mode))
     return text
+
+
+def picture(rows_told, what, name):
+    """Its line on the page, behind the tables that it belongs to: nothing if there are none."""
+    return rows_told and f"![{what}](benchmarks/evidence_{name}.png)\n"
 
 
 def title(mode):
@@ -156,6 +169,10 @@ CLAIMS = [
     ("with the team: SFT + MLPO over SFT", TEAM, ("sft", "three:1")),
     ("the same without SFT, over untrained", ("mlpo_only", "three:1"), ("untrained", "three:1")),
     ("with the team, over any agent right", TEAM, ("three", "any")),
+    ("with the team, over a leader trained only to pick", TEAM, ("picker", "three:1")),
+    ("with the team, over a debate of two rounds", TEAM, ("three", "debate:2")),
+    ("with the team, over GRPO's leader with it", TEAM, ("grpo", "three:1")),
+    ("with the team, over SFT + GRPO's leader with it", TEAM, ("grpo_sft", "three:1")),
     ("alone: MLPO over GRPO, equal steps", ("mlpo_only", "alone"), ("grpo", "alone")),
     ("alone: MLPO over GRPO, equal tokens", ("mlpo_only", "alone"), ("grpo_tokens", "alone")),
     ("alone: SFT + MLPO over SFT + GRPO", ("mlpo", "alone"), ("grpo_sft", "alone")),
@@ -189,7 +206,7 @@ def parts(rows):
     """What each phase adds; *d* to SFT + MLPO. `SFT` has 10 steps: 0 and 120 are its sweep."""
     names = ("untrained", "sft", "mlpo_only", "mlpo", "sft120", "grpo", "grpo_tokens", "grpo_sft")
     text = leaders(rows, (*names, "paper"), "mlpo")
-    return text + "![what each phase adds](benchmarks/evidence_parts.png)\n"
+    return text + picture(text, "what each phase adds", "parts")
 
 
 def baselines(rows):
@@ -203,9 +220,10 @@ def baselines(rows):
         ones += [(f"SFT + MLPO alone, {mode}", ("mlpo", mode))]
     text = compared(rows, [*ones, ("SFT + MLPO, with the team", TEAM)], TEAM)
     ones = [(LABELS[name], (name, "three:1")) for name in ("untrained", "sft", "mlpo", "mlpo_only")]
-    text += "\nOnly the questions on which no agent is right:\n\n"
-    text += compared(rows, ones, TEAM, mask=nobody_right(rows))
-    return text + "\n![by the number of agents that are right](benchmarks/evidence_wrong.png)\n"
+    of_these = compared(rows, ones, TEAM, mask=nobody_right(rows))
+    if of_these:
+        text += f"Only the questions on which no agent is right:\n\n{of_these}"
+    return text + picture(text, "by the number of agents that are right", "wrong")
 
 
 ALONE_OR_VOTED = ("agent 1", "agent 2", "agent 3", "majority of 3", "majority of 20")
@@ -216,8 +234,10 @@ def when(rows):
     """A team helps where the leader seldom finds the right way alone. Three leaders, that follow
     each misconception alone with a probability of 0.9, 0.7 and 0.4, and two trainings of each."""
     names = ("sometimes_mlpo", "sometimes_grpo", "often_mlpo", "often_grpo")
+    if not any(bits(rows, name, "alone") for name in names):
+        return ""
     text = leaders(rows, ("mlpo_only", "grpo", *names), "mlpo_only")
-    return text + "![MLPO and GRPO over training](benchmarks/evidence_when.png)\n"
+    return text + picture(text, "MLPO and GRPO over training", "when")
 
 
 def settings(rows):
@@ -232,10 +252,12 @@ def teams(rows):
     for name in ("mlpo", "mlpo_only", "fixed_order", "random_team", "same", "finals"):
         modes = [f"{team}:1" for team in (*TEAMS, "K1", "K2", "K4", "K5", "K6")]
         ones = [(f"{LABELS[name]}: {title(mode)}", (name, mode)) for mode in modes]
-        if sum(bool(bits(rows, *one)) for _, one in ones) > 1:
-            text += compared(rows, ones, (name, "three:1")) + "\n"
+        text += compared(rows, ones, (name, "three:1"))
     ones = [(mode, ("unseen", mode)) for mode in ALONE_OR_VOTED]
-    return f"{text}The team that it never saw:\n\n{compared(rows, ones, ('unseen', 'any'))}"
+    of_unseen = compared(rows, ones, ("unseen", "any"))
+    if of_unseen:
+        text += f"The team that it never saw:\n\n{of_unseen}"
+    return text
 
 
 def rounds(rows):
@@ -243,10 +265,8 @@ def rounds(rows):
     text = ""
     for name in ("untrained", "sft", "mlpo", "mlpo_only", "rounds"):
         ones = [(f"{LABELS[name]}, T={t}", (name, f"three:{t}")) for t in (1, 2, 3, 5)]
-        if bits(rows, name, "three:5"):
-            text += compared(rows, ones, (name, "three:1")) + "\n"
-    text = text or table([], []) + "\n"
-    return text + "![accuracy over T](benchmarks/evidence_rounds.png)\n"
+        text += compared(rows, ones, (name, "three:1"))
+    return text + picture(text, "accuracy over T", "rounds")
 
 
 def official(rows):
@@ -289,14 +309,34 @@ def report(rows, out):
         "Made by `python benchmarks/evidence.py` from `evidence.jsonl`.\n",
         NOTE,
     ]
+    missing = []
     for heading, section in SECTIONS.items():
-        page += [f"\n## {heading}\n", " ".join(section.__doc__.split()) + "\n", section(rows)]
+        told = section(rows)
+        if told:
+            page += [f"\n## {heading}\n", " ".join(section.__doc__.split()) + "\n", told.rstrip()]
+        else:
+            missing.append(heading)
+    without = [name for name in LABELS if not any(row["variant"] == name for row in rows)]
+    if without:
+        names = ", ".join(LABELS[name] for name in without)
+        page.append(f"\nNot measured yet, leaders: {names}.")
+    if missing:
+        page.append(f"\nNot measured yet, whole sections: {', '.join(missing)}.")
+    page.append("")
     runs.write_text(Path(out) / "RESULTS.md", "\n".join(page))
-    for draw in (draw_parts, draw_wrong, draw_when, draw_rounds):
-        figure = Figure(figsize=(10 if draw is draw_when else 7, 4), layout="constrained")
-        draw(rows, figure)
-        path = Path(out) / "benchmarks" / f"evidence_{draw.__name__.removeprefix('draw_')}.png"
-        runs.write_file(path, lambda to, figure=figure: figure.savefig(to, format="png", dpi=110))
+    pictures = {
+        "2. Parts": ("parts", draw_parts),
+        "3. Baselines": ("wrong", draw_wrong),
+        "4. When does a team help?": ("when", draw_when),
+        "7. Rounds": ("rounds", draw_rounds),
+    }
+    for heading, (name, draw) in pictures.items():
+        path = Path(out) / "benchmarks" / f"evidence_{name}.png"
+        path.unlink(missing_ok=True)
+        if heading not in missing:
+            figure = Figure(figsize=(10 if name == "when" else 7, 4), layout="constrained")
+            draw(rows, figure)
+            figure.savefig(path, dpi=110)
 
 
 # --------------------------------------------------------------------------------------- pictures
@@ -325,6 +365,7 @@ def draw_parts(rows, figure):
     """The parts of the method, alone and with the team."""
     axis = figure.subplots()
     names = ("untrained", "sft", "mlpo_only", "mlpo", "grpo", "grpo_sft", "paper")
+    names = [name for name in names if bits(rows, name, "three:1")]
     for shift, mode in ((-0.2, "alone"), (0.2, "three:1")):
         measured = [(i, matrix(rows, (name, mode))) for i, name in enumerate(names)]
         measured = [(i, *estimate(values)[:2]) for i, values in measured if values.size]
@@ -353,22 +394,29 @@ def draw_wrong(rows, figure):
 
 def draw_when(rows, figure):
     """Validation questions over training steps: MLPO and GRPO from three leaders."""
-    pairs = {"seldom": ("mlpo_only", "grpo"), "sometimes": ("sometimes_mlpo", "sometimes_grpo")}
-    pairs["often"] = ("often_mlpo", "often_grpo")
+    pairs = {
+        "seldom": ("mlpo_only", "grpo"),
+        "sometimes": ("sometimes_mlpo", "sometimes_grpo"),
+        "often": ("often_mlpo", "often_grpo"),
+    }
     axes = figure.subplots(1, 3, sharey=True)
-    for axis, (how_often, names) in zip(axes, pairs.items()):
-        for name in names:
-            for mode, style in (("curve team", "--"), ("curve alone", "-")):
-                curves = [r["curve"] for r in rows if (r["variant"], r["mode"]) == (name, mode)]
-                curves = [curve for curve in curves if curve]
-                if not curves:
-                    continue
-                steps, accuracy = np.array(curves).mean(0).T
-                color = "tab:orange" if "mlpo" in name else "tab:blue"
-                label = f"{'MLPO' if 'mlpo' in name else 'GRPO'}, {mode.removeprefix('curve ')}"
-                axis.plot(steps, 100 * accuracy, style, color=color, label=label)
+    for axis, (how_often, (mlpo, grpo)) in zip(axes, pairs.items()):
+        for who, style in (("team", "--"), ("alone", "-")):
+            draw_curve(axis, rows, (mlpo, f"curve {who}"), style, "tab:orange", f"MLPO, {who}")
+        draw_curve(axis, rows, (grpo, "curve alone"), "-", "tab:blue", "GRPO, alone")
         axis.set_title(f"alone {how_often} right")
         finish(axis, xlabel="steps")
+
+
+def draw_curve(axis, rows, one, style, color, label):
+    """The mean over seeds of a leader's looks at the validation questions."""
+    curves = []
+    for row in rows:
+        if (row["variant"], row["mode"]) == one and row["curve"]:
+            curves.append(row["curve"])
+    if curves:
+        steps, accuracy = np.array(curves).mean(0).T
+        axis.plot(steps, 100 * accuracy, style, color=color, label=label)
 
 
 def draw_rounds(rows, figure):
