@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+import runs
 from rewards import TAGS
 from sampling import (
     Completion,
@@ -213,10 +215,17 @@ class FunctionAgent:
         for messages in prompts:
             asked = [message["content"] for message in messages if message["role"] == "user"]
             question = asked[0].removeprefix("Question: ")
-            groups.append([Completion(self.function(question)) for _ in range(n)])
+            groups.append([self.completion(question) for _ in range(n)])
         if bar is not None:
             bar.update(n * len(prompts))
         return groups
+
+    def completion(self, question):
+        text = self.function(question)
+        if not isinstance(text, str):
+            name = f"{self.path}#{self.name}"
+            raise ValueError(f"--agents {name}: it must return a text, not {text!r:.40}")
+        return Completion(text)
 
     def fingerprint(self, **settings):
         """Of its file: what it says may change with it."""
@@ -325,8 +334,9 @@ def load_python_agent(name):
     path, _, wanted = name.rpartition("#")
     if not Path(path).is_file():
         raise ValueError(f"--agents {name}: no such file: {path}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(f"agent_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for a class's module
     spec.loader.exec_module(module)
     if not hasattr(module, wanted):
         raise ValueError(f"--agents {name}: there is no {wanted or 'name after #'} in {path}")
@@ -363,6 +373,9 @@ def choose_device(wanted=""):
     device = wanted or here
     if device.split(":")[0] not in (here, "cpu"):
         raise ValueError(f"--device {device} is not on this machine: use {here}")
+    number = device.partition(":")[2]
+    if number and not (number.isdecimal() and int(number) < torch.accelerator.device_count()):
+        raise ValueError(f"--device {device} is not on this machine: use {here}")
     if device.startswith("cuda") and not has_bf16(device):
         print("this GPU has no bf16 in hardware: everything is computed in float32")
     return device
@@ -387,8 +400,9 @@ def check_prompts(model, prompts, more_tokens):
     words = ", ".join(unknown_words(model.tokenizer, prompts)[:8])
     problem = f"{share:.1%} of the words in the prompts are unknown to {model.name}: {words}"
     if share > UNKNOWN:
-        raise ValueError(f"{problem}: choose another --leader and --agents for these questions")
-    print(problem)
+        advice = "train others for these questions, by --leader and --agents"
+        raise ValueError(f"{problem}: {advice}")
+    runs.say(problem)
     return too_long
 
 
@@ -396,7 +410,7 @@ def room_of(model):
     """How many tokens a local model can read and write. Where the rotary positions of all tokens
     change with the length of the text, as in longrope, keys in a cache would become wrong: there
     it is the length up to which they stay."""
-    config = model.model.config
+    config = model.model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = rope.get("rope_type", rope.get("type"))
     room = getattr(config, "max_position_embeddings", None) or math.inf

@@ -27,8 +27,8 @@ def label_of(name, stage, team, rounds):
 
 @dataclass
 class Gain:
-    """A difference, with half of its 95% interval: in points of accuracy, or in % where its label
-    says so."""
+    """A difference in points of accuracy, with half of its 95% interval; of several runs, in
+    `mean_gains`, with their standard deviation."""
 
     points: float
     half: float

@@ -99,13 +99,17 @@ def measure(run, **options):
         return saved
 
     config = {**config, "device": device_here(run, config)}
-    leader, team = load_leader_and_team(run, config, config["leader"])
-    tasks = readable(leader, team, tasks, config)
-    results = {"dataset": config["dataset"], "questions": len(tasks), "settings": settings}
-    results["device"] = config["device"]
-    results["question_ids"] = [data.question_hash(task["question"])[:16] for task in tasks]
-    results |= measure_rows(run, config, stages, tasks, leader, team)
-    texts = {}  # for what is to be read alone
+    tasks, unknown, rows = measure_rows(run, config, stages, tasks)
+    results = {
+        "dataset": config["dataset"],
+        "questions": len(tasks),
+        "settings": settings,
+        "device": config["device"],
+        "question_ids": [data.question_hash(task["question"])[:16] for task in tasks],
+        "unknown_words": unknown,
+        "rows": rows,
+    }
+    texts = {}  # for transcripts and page: results.json has numbers only
     for row in results["rows"]:
         texts[row["label"]] = row.pop("texts")
     report.write_transcripts(results, tasks, texts, run / f"transcripts{suffix}.md")
@@ -126,9 +130,11 @@ def right_steps(config):
     return steps
 
 
-def measure_rows(run, config, stages, tasks, leader, team):
-    """{"unknown_words": a share, "rows": of the team, then of each leader alone, then with it}.
-    `leader` is the untrained one."""
+def measure_rows(run, config, stages, tasks):
+    """(the questions that all can read, the share of unknown words, rows: of the team, then of each
+    leader alone, then with it). One leader is in memory at a time."""
+    leader, team = load_leader_and_team(run, config, config["leader"])  # the untrained one
+    tasks = readable(leader, team, tasks, config)
     questions = [task["question"] for task in tasks]
     rounds = config["rounds"]
     alone = [agents.encode(leader.tokenizer, agents.leader_messages(q)) for q in questions]
@@ -148,7 +154,7 @@ def measure_rows(run, config, stages, tasks, leader, team):
             if team:
                 rows += with_team_rows(tasks, leader, team, first, rounds, settings, identity)
     rows.sort(key=lambda row: (row["team"], row["rounds"]))  # so stages stand side by side
-    return {"unknown_words": unknown, "rows": rows}
+    return tasks, unknown, rows
 
 
 def team_rows(tasks, team, first, rounds, settings):
@@ -240,7 +246,7 @@ def read_run(run, **options):
     ValueError if it is no run, is unfinished, or an option makes no sense."""
     run = Path(run)
     try:
-        config = with_later_arguments(runs.read_json(run / "config.json"))
+        config = runs.with_later_arguments(runs.read_json(run / "config.json"))
         config["trained_on"] = config["dataset"]
         config["trained_columns"] = data.columns(config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -261,18 +267,6 @@ def read_run(run, **options):
         trained = "mlpo" if agents.team_names(config["agents"]) else "grpo"
         stages[trained] = str(run / "leader")
     return config, stages
-
-
-def with_later_arguments(config):
-    """With the arguments that runs of older versions lack, as these runs behaved."""
-    sft_alone = max(0.5, config.get("team_dropout", 0.33))
-    earlier = {
-        "plain": False,
-        "sft_alone": sft_alone,
-        "sft_questions": config.get("questions", 1000),
-        "random_order": config.get("random_team", False),
-    }
-    return {**earlier, **config}
 
 
 def device_here(run, config):
@@ -379,8 +373,9 @@ def readable(leader, team, tasks, config):
     index, problem = min(problems.items())
     problem = f"question {index + 1}, {tasks[index]['question'][:40]!r}: {problem}"
     if len(problems) == len(tasks):
-        raise ValueError(f"lower --max_new_tokens, every question is too long: {problem}")
-    print(f"{len(problems)} of {len(tasks)} questions are too long and left out: {problem}")
+        advice = "train with a lower --max_new_tokens"
+        raise ValueError(f"every question is too long, {advice}: {problem}")
+    runs.say(f"{len(problems)} of {len(tasks)} questions are too long and left out: {problem}")
     return [task for index, task in enumerate(tasks) if index not in problems]
 
 
@@ -432,7 +427,7 @@ def validate(args, leader, rows):
 
 
 def share_right(args, leader, rows, prompts):
-    """How many of the leader's greedy outputs for these prompts are right."""
+    """Which share of the leader's greedy outputs for these prompts is right."""
     outputs = leader.answer(prompts, n=1, temperature=0, max_new_tokens=args.max_new_tokens)
     return fmean(is_right("leader", row, said) for row, said in zip(rows, outputs))
 
@@ -452,13 +447,15 @@ def result_row(tasks, completions, who, name, stage=None, team=False, rounds=0, 
     correct_as_read = []
     read = []
     written = []
-    for task, said in zip(tasks, completions):
-        correct.append(is_right(who, task, said))
-        as_read = is_right("agent", task, said[-1:]) if who == "leader" else correct[-1]
+    texts = []
+    for task, of_task in zip(tasks, completions):
+        correct.append(is_right(who, task, of_task))
+        as_read = is_right("agent", task, of_task[-1:]) if who == "leader" else correct[-1]
         correct_as_read.append(as_read)
-        read.append(sum(len(completion.prompt_ids) for completion in said[:prompts_read]))
-        written.append(sum(len(completion.ids) for completion in said))
-    of_task = split_by_task(tasks, correct)
+        read.append(sum(len(completion.prompt_ids) for completion in of_task[:prompts_read]))
+        written.append(sum(len(completion.ids) for completion in of_task))
+        texts.append([completion.text for completion in of_task])
+    by_task = split_by_task(tasks, correct)
     return {
         "who": who,
         "name": name,
@@ -472,11 +469,11 @@ def result_row(tasks, completions, who, name, stage=None, team=False, rounds=0, 
         "accuracy_as_read": fmean(correct_as_read),
         "prompt_tokens": fmean(read),
         "generated_tokens": fmean(written),
-        "per_task": {task: fmean(rights) for task, rights in of_task.items()},
-        "per_task_ci": {task: wilson(rights) for task, rights in of_task.items()},
+        "per_task": {task: fmean(rights) for task, rights in by_task.items()},
+        "per_task_ci": {task: wilson(rights) for task, rights in by_task.items()},
         "correct": bits(correct),  # to compare in pairs
         "correct_as_read": bits(correct_as_read),
-        "texts": [[completion.text for completion in said] for said in completions],
+        "texts": texts,
     }
 
 

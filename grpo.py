@@ -50,12 +50,12 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
     # False but with --checkpointing: transformers recomputes in training mode only
     model.train(model.is_activation_checkpointing)
     with autocast(model):
-        hidden = model.base_model(ids, attention_mask=mask, use_cache=False)[0]  # (B G, P+R, d)
+        hidden = model.base_model(ids, attention_mask=mask, use_cache=False)[0]  # (B G, P+R, D)
     model.eval()
     logprobs = []
     for i, (prompt, said) in enumerate(pairs):
         # the hidden state at each place predicts the token that comes after it
-        before = hidden[i, len(prompt) - 1 : len(prompt) + len(said) - 1]  # (R_i, d)
+        before = hidden[i, len(prompt) - 1 : len(prompt) + len(said) - 1]  # (R_i, D)
         targets = ids[i, len(prompt) : len(prompt) + len(said)]  # (R_i,)
         logprobs.append(token_logprobs(model, before, targets, temperature))
     _, completion_mask = pad([said for _, said in pairs], model.device, "right")
@@ -65,7 +65,7 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
 
 def token_logprobs(model, hidden, targets, temperature, chunk=1024):
     """log softmax(logits / T)[target]: (tokens,) in float32, from the hidden state before each
-    token, (tokens, d). Logits, not weights, are what fills the memory of a small model: they are
+    token, (tokens, D). Logits, not weights, are what fills the memory of a small model: they are
     made in chunks, and again for the backward pass."""
 
     def chunk_logprobs(hidden, targets):
@@ -81,7 +81,7 @@ def token_logprobs(model, hidden, targets, temperature, chunk=1024):
 
 
 def logits_of(model, hidden):
-    """The model's own logits, (tokens, V), from its last hidden states, (tokens, d). A few
+    """The model's own logits, (tokens, V), from its last hidden states, (tokens, D). A few
     architectures scale or cap them, and say so in their configuration."""
     logits = model.get_output_embeddings()(hidden)
     config = model.config.get_text_config()

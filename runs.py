@@ -36,7 +36,14 @@ def run_script(main):
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        fail("out of memory: lower --tokens_per_batch (in sampling --sample_gb), then --resume")
+        advice = "a lower --tokens_per_batch, in sampling a lower --sample_gb; then --resume"
+        fail(f"out of memory: train.py takes {advice}")
+
+
+def say(text):
+    """On the screen, once, however many processes there are."""
+    if rank() == 0:
+        tqdm.write(text)
 
 
 def fail(message):
@@ -68,7 +75,10 @@ def write_file(path, save):
         else:
             temporary.unlink(missing_ok=True)
         reason = str(error).split("\n")[0]
-        raise ValueError(f"cannot write {path}: {reason}; make room, then --resume") from error
+        raise ValueError(f"cannot write {path}: {reason}; {MAKE_ROOM}") from error
+
+
+MAKE_ROOM = "make room, then the same command (train.py: with --resume)"
 
 
 def write_text(path, text):
@@ -99,7 +109,7 @@ def append_jsonl(path, rows):
                 raise OSError("only half of it fitted")
             os.fsync(file)
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error}; make room, then --resume") from error
+        raise ValueError(f"cannot write {path}: {error}; {MAKE_ROOM}") from error
 
 
 def read_jsonl(path, repair=True):
@@ -119,7 +129,7 @@ def read_jsonl(path, repair=True):
             rows.append(json.loads(rest))
             lines.append(rest)
     except json.JSONDecodeError:
-        print(f"{path}: dropped the last line, which was only half written")
+        say(f"{path}: dropped the last line, which was only half written")
     if repair:
         whole = b"\n".join([*lines, b""])
         write_file(path, lambda temporary: temporary.write_bytes(whole))
@@ -136,7 +146,8 @@ _locks = {}  # of the folders that are this process's until it ends, however it 
 
 def claim_folder(folder, config, defaults, resume):
     """The folder of the run with this config, and nobody else's, locked. An older run, whose
-    config.json lacks an argument, has its default. ValueError says what to do."""
+    config.json lacks an argument, has what it did then, or else the default. ValueError says what
+    to do."""
     run = Path(folder)
     if (run / "config.json").exists():
         check_same_run(run, config, defaults)
@@ -147,7 +158,10 @@ def claim_folder(folder, config, defaults, resume):
         raise ValueError(f"--out {run} is not empty and holds no run: name another folder")
     elif resume:
         raise ValueError(f"--resume: there is no run in {run}")
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {run}: no folder can be made there: {error.strerror}") from error
     if rank() == 0:
         path = str((run / "lock").resolve())
         lock = _locks.get(path) or FileLock(path)  # a notebook may call this again
@@ -155,6 +169,8 @@ def claim_folder(folder, config, defaults, resume):
             lock.acquire(timeout=0)
         except Timeout as error:
             raise ValueError(f"another process is at work in {run}: wait for it") from error
+        except OSError as error:
+            raise ValueError(f"--out {run}: cannot be written: {error.strerror}") from error
         _locks[path] = lock
     wait_for_all()
     return run
@@ -162,11 +178,23 @@ def claim_folder(folder, config, defaults, resume):
 
 def check_same_run(run, config, defaults):
     """ValueError, which names the field, if the run in this folder has other settings."""
-    old = {**defaults, **read_json(run / "config.json")}
+    old = {**defaults, **with_later_arguments(read_json(run / "config.json"))}
     for name, value in config.items():
         if name not in WHERE + MEMORY_ONLY and old.get(name) != value:
             problem = f"holds another run, whose {name} is {old.get(name)!r}, not {value!r}"
             raise ValueError(f"--out {run} {problem}: name another folder")
+
+
+def with_later_arguments(config):
+    """With the arguments that runs of older versions lack, as these runs behaved."""
+    sft_alone = max(0.5, config.get("team_dropout", 0.33))
+    earlier = {
+        "plain": False,
+        "sft_alone": sft_alone,
+        "sft_questions": config.get("questions", 1000),
+        "random_order": config.get("random_team", False),
+    }
+    return {**earlier, **config}
 
 
 def save_model(folder, local_model):
@@ -196,7 +224,8 @@ def load_checkpoint(path):
                 if archive.testzip():  # torch itself checks no sums
                     raise ValueError("wrong checksum")
             return torch.load(file, map_location="cpu", weights_only=True)
-        except FileNotFoundError:  # the second, if a kill came between its two renamings
+        # none was saved yet; or a kill came between two renamings, and the one before is the last
+        except FileNotFoundError:
             continue
         except Exception as error:  # what a damaged file raises depends on where it is damaged
             reason = f"{type(error).__name__}: {error}".split("\n")[0][:80]
@@ -241,7 +270,7 @@ class Phase:
         self.model = model
         self.optimizer = optimizer
         self.step = 0  # the one that is being done
-        self.said = 0.0  # when the last line of the log was on the screen, in seconds
+        self.shown = 0.0  # when the last line of the log was on the screen, in seconds
         self.skipped = 0  # steps in a row without a finite gradient
         self.recent = []  # rows of the log
         self.pressed = threading.Event()  # Ctrl-C
@@ -306,7 +335,7 @@ class Phase:
             self.skipped = 0
             return
         self.skipped += 1
-        self.say(f"step {self.step} is skipped: its gradient is not finite")
+        say(f"step {self.step} is skipped: its gradient is not finite")
         if self.skipped == 5:
             problem = f"5 steps in a row without a finite gradient in {self.name}"
             advice = "lower its learning rate, in another --out"
@@ -323,10 +352,10 @@ class Phase:
             # resuming drops the looks of a phase along with its steps
             append_jsonl(self.run / "metrics.jsonl", [{**row, "during": self.name}])
         now = time.monotonic()
-        if kind or self.step % 5 == 0 or now - self.said > 5:  # slow steps: each of them
-            self.said = now
+        if kind or self.step % 5 == 0 or now - self.shown > 5:  # slow steps: each of them
+            self.shown = now
             numbers = [f"{name} {row[name]}" for name in ON_SCREEN if name in row]
-            self.say("  ".join([f"{row['phase']} {self.step}/{self.total}", *numbers]))
+            say("  ".join([f"{row['phase']} {self.step}/{self.total}", *numbers]))
         if not kind:
             self.recent.append(row)
             self.warn()
@@ -338,11 +367,7 @@ class Phase:
         last = self.recent[-10:]
         for name, wrong, advice in ALARMS:
             if all(name in row and wrong(row[name]) for row in last):
-                self.say(f"WARNING: for 10 steps {name} was {last[-1][name]} or so: {advice}")
-
-    def say(self, text):
-        if rank() == 0:
-            tqdm.write(text)
+                say(f"WARNING: for 10 steps {name} was {last[-1][name]} or so: {advice}")
 
 
 # --------------------------------------------------------------------------- several processes

@@ -4,6 +4,7 @@ Read `sample_batch` first: draw a token, append it, stop. `PlainCache` is the pl
 what was read; shared_prompt.py has the fast one, which stores a prompt once for its whole group.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -210,7 +211,10 @@ def error_of(cache_class, model):
                 text = torch.tensor([prompt + tokens[:t]], device=model.device)
                 plain = model(text, use_cache=False).logits[0, -1]
                 gap = of_cache.float().log_softmax(-1) - plain.float().log_softmax(-1)
-                worst = max(worst, gap.abs().max().item())
+                largest = gap.abs().max().item()
+                if math.isnan(largest):  # max() would pass over it
+                    return math.inf
+                worst = max(worst, largest)
             token = torch.tensor([tokens[t] for tokens in written], device=model.device)
             position = torch.tensor([len(prompt) + t for prompt in prompts], device=model.device)
             logits = cache.step(model, token[:, None], position[:, None])
@@ -241,7 +245,8 @@ def draw_tokens(logprobs):
 def stop_ids(model, tokenizer):
     """All end-of-sequence ids: chat models often stop on two, and configurations disagree."""
     found = {tokenizer.eos_token_id}
-    for eos in (model.generation_config.eos_token_id, model.config.eos_token_id):
+    for config in (model.generation_config, model.config, model.config.get_text_config()):
+        eos = getattr(config, "eos_token_id", None)
         found.update(eos if isinstance(eos, list) else [eos])
     return sorted(found - {None})
 

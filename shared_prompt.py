@@ -210,7 +210,8 @@ class LayerCache:
         query = query.view(rows, kv_heads, sharing, d)
         to_prompt = by_group(query) @ self.prompt_keys
         to_own = by_group(query @ own_keys.transpose(2, 3))
-        scores = torch.cat([to_prompt, to_own], dim=-1) + bias  # (B, kv_heads, G x sharing, P + t)
+        # (B, kv_heads, G x sharing, P + room)
+        scores = torch.cat([to_prompt, to_own], dim=-1) + bias
         weights = scores.softmax(dim=-1).to(own_values.dtype)
         from_prompt = weights[..., :prompt_length] @ self.prompt_values
         from_own = by_row(weights[..., prompt_length:]) @ own_values
@@ -266,7 +267,7 @@ def completion_logprobs(model, prompts, completions, temperature=1.0):
             rows = torch.tensor(part, device=device)
             hidden = run_completions(
                 model, [inputs[i] for i in part], prompt_cache, prompt_mask, rows // group
-            )  # (part, R', d): R' is the longest of this part
+            )  # (part, R', D): R' is the longest of this part
             own_row, token = mask[rows].nonzero(as_tuple=True)  # (tokens,) each
             place = (rows[own_row], token)
             logprobs[place] = token_logprobs(
@@ -286,7 +287,7 @@ def run_prompts(model, beginnings):
 
 
 def run_completions(model, inputs, prompt_cache, prompt_mask, prompt_of):
-    """Hidden states (rows, R', d) of completions behind their prompts; prompt_of: (rows,), indices
+    """Hidden states (rows, R', D) of completions behind their prompts; prompt_of: (rows,), indices
     of prompts."""
     ids, own_mask = pad(inputs, model.device, "right")
     copied = []  # per layer: keys and values, (rows, kv_heads, P - 1, d) each

@@ -147,7 +147,8 @@ class Arguments(Machine, Evaluation, Mlpo, Sft, Proposals, WhatToTrain):
 
 
 def parse(argv=None):
-    """The command line as `Arguments`; a ValueError of one line if something is off."""
+    """The command line as `Arguments`. A value that makes no sense is a ValueError of one line;
+    what cannot be read at all ends the script, with one line too (`runs.fail`)."""
     parser = HfArgumentParser(GROUPS, allow_abbrev=False, description=__doc__.split("\n")[0])
     parser.error = runs.fail
     args = Arguments(**vars(parser.parse_args(argv)))
@@ -186,7 +187,7 @@ def check_numbers(args):
             fits, wanted = 0 < value < float("inf"), "more than 0"
         elif type(value) is int:
             fits, wanted = value >= 1, "at least 1"
-        else:  # easy_threshold, clip, kl_coef
+        else:  # easy_threshold, clip, kl_coef, sample_gb
             fits, wanted = 0 <= value < float("inf"), "at least 0"
         if not fits:
             raise ValueError(f"--{name} {value}: it must be {wanted}")
@@ -310,8 +311,7 @@ def read_proposals(path, repair):
 
 def fingerprint_of(args, agent):
     """What its responses depend on; it stands beside each of them as `made_by`."""
-    settings = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
-    return agent.fingerprint(prompt=agents.agent_messages(""), **settings)
+    return agent.fingerprint(prompt=agents.agent_messages(""), **sampling_settings(args))
 
 
 def answered(cached, name, mark, n):
@@ -326,9 +326,9 @@ def answered(cached, name, mark, n):
 def ask(args, agent, mark, questions, n):
     """Rows for the file: n responses of this agent to each question."""
     prompts = [agents.agent_messages(question) for question in questions]
-    settings = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
+    answers = agent.answer(prompts, n=n, **sampling_settings(args))
     rows = []
-    for question, completions in zip(questions, agent.answer(prompts, n=n, **settings)):
+    for question, completions in zip(questions, answers):
         row = {"agent": agent.name, "made_by": mark, "question": question}
         row["responses"] = [completion.text for completion in completions]
         rows.append(row)
@@ -371,7 +371,8 @@ def drop_easy(args, rows):
             hard.append(row)
             kept.append(row)
     share = fmean(everything) if everything else 0.0
-    print(f"proposals: {share:.0%} right; {len(hard)} of {len(rows)} questions hard for the team")
+    found = f"{len(hard)} of {len(rows)} questions hard for the team"
+    runs.say(f"proposals: {share:.0%} right; {found}")
     if not hard:
         raise ValueError("every question is easy for this team: another --easy_threshold and --out")
     return hard, kept
@@ -422,7 +423,7 @@ class Example:
 
 def sft(args, run, leader, rows, held_out):
     """Supervised steps on the team's own responses. Leaves `leader_sft/`."""
-    rows = [row for row in rows if any(any(right) for right in row["right"].values())]
+    rows = [row for row in rows if anybody_right(row)]
     rows = rows[: args.sft_questions]
     if not rows:
         raise ValueError("SFT needs right responses and there are none: use --sft_steps 0")
@@ -443,6 +444,11 @@ def sft(args, run, leader, rows, held_out):
             phase.check_gradient(norm)
             phase.log(loss=loss, grad_norm=norm, lr=rate)
     runs.save_model(run / "leader_sft", leader)
+
+
+def anybody_right(row):
+    """Is any of the team's responses to this question right?"""
+    return any(True in of_agent for of_agent in row["right"].values())
 
 
 def sft_example(rng, row, args):
@@ -605,16 +611,16 @@ def sampling_settings(args):
     return {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
 
 
-def choose_responses(args, rng, leader, team, questions):
+def choose_responses(args, rng, leader, team, rows_of_step):
     """For each question of this process's share {agent's name: its response}, refined some times
     with --train_rounds; and how many tokens were read and written in refining."""
-    # drawn for all questions, so that every process draws the same
-    responses = [pick_responses(rng, row, args) for row in questions]
-    refinements = [rng.randrange(args.train_rounds) for _ in questions]
+    # drawn for the whole step, so that every process draws the same
+    responses = [pick_responses(rng, row, args) for row in rows_of_step]
+    refinements = [rng.randrange(args.train_rounds) for _ in rows_of_step]
     responses, written = agents.refine(
         leader,
         team,
-        [row["question"] for row in runs.share(questions)],
+        [row["question"] for row in runs.share(rows_of_step)],
         runs.share(responses),
         runs.share(refinements),
         **sampling_settings(args),
@@ -626,8 +632,8 @@ def choose_responses(args, rng, leader, team, questions):
 def leader_prompts(questions, responses):
     """What the leader reads: a question and the agents' responses to it."""
     prompts = []
-    for row, said in zip(questions, responses):
-        prompts.append(agents.leader_messages(row["question"], said.values(), said))
+    for row, of_team in zip(questions, responses):
+        prompts.append(agents.leader_messages(row["question"], of_team.values(), of_team))
     return prompts
 
 
@@ -661,10 +667,16 @@ def loss_and_gradient(args, policy, reference, groups):
         loss.backward()
         for name, value in counts.items():
             sums[name] += value
-    gathered = runs.gather([sums])
-    sums = {name: sum(of_process[name] for of_process in gathered) for name in sums}
-    tokens = max(1.0, sums["tokens"])
-    return {"loss": sums["loss"], "kl": sums["kl"] / tokens, "clipped": sums["clipped"] / tokens}
+    totals = dict.fromkeys(sums, 0.0)
+    for of_process in runs.gather([sums]):
+        for name, value in of_process.items():
+            totals[name] += value
+    tokens = max(1.0, totals["tokens"])
+    return {
+        "loss": totals["loss"],
+        "kl": totals["kl"] / tokens,
+        "clipped": totals["clipped"] / tokens,
+    }
 
 
 def part_loss(args, policy, reference, groups, normalizer):
@@ -710,11 +722,16 @@ def part_loss(args, policy, reference, groups, normalizer):
 
 
 def completion_logprobs(args, model, prompts, completions, temperature=1.0):
-    """The plain way (grpo.py) or the fast one (shared_prompt.py). The fast one needs the cache that
-    activation checkpointing switches off."""
-    if args.plain or args.checkpointing:
+    """The plain way (grpo.py) or the fast one (shared_prompt.py)."""
+    if copies_prompts(args):
         return grpo.completion_logprobs(model, prompts, completions, temperature)
     return shared_prompt.completion_logprobs(model, prompts, completions, temperature)
+
+
+def copies_prompts(args):
+    """Whether each completion is run behind its own copy of its prompt, the plain way: the fast one
+    needs the cache that activation checkpointing switches off."""
+    return args.plain or args.checkpointing
 
 
 @torch.no_grad()
@@ -734,6 +751,8 @@ def check_training(args, model, name):
             targets = torch.tensor(said, device=model.device)[:, None]
             gaps.append((ours[: len(said)] - own.gather(1, targets)[:, 0]).abs().max().item())
         worst = max(gaps)
+        if any(math.isnan(gap) for gap in gaps):  # max() may pass over it
+            worst = math.inf
     except RuntimeError as error:  # its hidden states have no such shape
         if is_out_of_memory(error):
             raise
@@ -746,7 +765,7 @@ def check_training(args, model, name):
 
 def length_of_group(args):
     """A function: how many tokens a group's forward pass has."""
-    copies = args.group_size if args.plain or args.checkpointing else 1  # of the prompt
+    copies = args.group_size if copies_prompts(args) else 1  # of the prompt
 
     def length(group):
         written = sum(len(c.ids) for c in group.completions)
@@ -756,7 +775,8 @@ def length_of_group(args):
 
 
 def micro_batches(items, budget, length):
-    """Parts of like length, of up to `budget` tokens with their padding (or of one item)."""
+    """Parts of like length, of up to `budget` tokens as if all were as long as the longest (or of
+    one item). What is padded inside a group does not count."""
     left = sorted(items, key=length)
     while left:
         size = 1
@@ -836,7 +856,9 @@ def look_at_validation(args, run, phase, leader, held_out):
 def log_step(phase, groups, logged, rate, refine_tokens, clock):
     """A row of metrics.jsonl. `logged`: loss, kl, clipped and grad_norm of each gradient step, of
     which the mean counts; `refine_tokens`: those of further rounds."""
-    means = {name: fmean(update[name] for update in logged) for name in logged[0]}
+    means = {}
+    for name in logged[0]:
+        means[name] = fmean(update[name] for update in logged)
     numbers = describe_step(runs.gather(groups))
     numbers["tokens"] += sum(runs.gather([refine_tokens]))
     speed = numbers["tokens"] / (time.time() - clock.began)
@@ -853,9 +875,10 @@ def keep_sample(args, run, step, leader, questions, prompts, groups):
     chosen = unequal[0] if unequal else 0
     group = groups[chosen]
     completions = []
-    for said, verdict, advantage in zip(group.completions, group.verdicts, group.advantages):
-        one = {"text": said.text, "reward": verdict.reward, "advantage": advantage.item()}
-        completions.append(one)
+    for completion, verdict, advantage in zip(group.completions, group.verdicts, group.advantages):
+        completions.append(
+            {"text": completion.text, "reward": verdict.reward, "advantage": advantage.item()}
+        )
     row = {
         "step": step,
         "question": questions[chosen]["question"],
@@ -884,6 +907,7 @@ def describe_step(groups):
         verdicts += group.verdicts
         tokens += len(group.completions[0].prompt_ids)
     tokens += sum(len(completion.ids) for completion in completions)
+    right = [sum(verdict.right for verdict in group.verdicts) for group in groups]
     return {
         "reward": fmean(verdict.reward for verdict in verdicts),
         "accuracy": fmean(verdict.right for verdict in verdicts),
@@ -893,8 +917,8 @@ def describe_step(groups):
         "entropy": fmean(entropy(completion) for completion in completions),
         # groups from which nothing is learned, and why
         "no_gradient": fmean(not group.advantages.any() for group in groups),
-        "all_right": fmean(all(v.right for v in group.verdicts) for group in groups),
-        "all_wrong": fmean(not any(v.right for v in group.verdicts) for group in groups),
+        "all_right": fmean(n == len(group.verdicts) for n, group in zip(right, groups)),
+        "all_wrong": fmean(n == 0 for n in right),
         "tokens": tokens,
     }
 

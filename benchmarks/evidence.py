@@ -1,9 +1,9 @@
 """The evidence: every claim of the paper, and the open questions around it, on the laboratory.
 
     pip install -r requirements-dev.txt
-    python benchmarks/evidence.py --out runs/again            # all of it; if stopped, it goes on
-    python benchmarks/evidence.py --out runs/again --bbh bbh  # and the official files in bbh/
-    python benchmarks/evidence.py --report                    # tables and pictures once more
+    python benchmarks/evidence.py               # all of it, in runs/again; if stopped, it goes on
+    python benchmarks/evidence.py --bbh bbh     # and the official files in bbh/
+    python benchmarks/evidence.py --out . --report         # the tables and pictures of this folder
 
 Read `plan` first: what is trained and measured, in which order. What a unit of the plan finds are
 rows; all rows go to `evidence.jsonl`, from which evidence_report.py makes `RESULTS.md` and the
@@ -40,6 +40,7 @@ import sampling
 import shared_prompt
 import tiny
 from rewards import extract_agent_answer, extract_answer, is_correct
+from train import gradient_step, learning_rate
 
 SEEDS = range(10, 15)  # fresh: 0 to 4 were used to choose the defaults
 QUESTIONS_SEED = 1  # of the test questions, likewise
@@ -59,7 +60,7 @@ VARIANTS = {
     "grpo_tokens": ("tiny", GRPO),  # as many steps as make its tokens mlpo_only's
     "paper": ("tiny", "--paper"),
     # the parts of the method, one changed at a time
-    "sft120": ("own", "--sft_steps 120 --proposals {work}/sft-{seed}/proposals.jsonl"),
+    "sft120": ("own", "--sft_steps 120"),
     "easy0": ("tiny", "--easy_share 0"),
     "easy1": ("tiny", "--easy_share 1"),
     "scaled": ("tiny", "--scale_rewards"),
@@ -86,7 +87,7 @@ MORE_AGENTS = {"agent4": [1, 2, 0, 0], "agent5": [2, 0, 1, 1], "agent6": [0, 1, 
 
 def plan(args):
     """What is done, as parts of units: (function, its arguments). The units of a part can be done
-    at the same time; the next part builds on them."""
+    at the same time; the next part builds on them. The claims come first."""
     seeds = args.seed_list
     few = seeds[:3]  # for what is no claim
 
@@ -110,17 +111,6 @@ def plan(args):
         [("make_agent", name) for name in MORE_AGENTS],
         [("say", "tiny", name) for name in others],
         each(seeds, ("look", "mlpo", other_teams), ("look", "mlpo_only", other_teams)),
-        [("make_leader", name) for name in (*LEADERS, "half")],
-        each(few, ("look", "rounds", first), ("look", "random_team", f"{brief} unseen:1")),
-        each(few, ("look", "sometimes_mlpo", brief), ("look", "sometimes_grpo", brief)),
-        each(few, ("look", "often_mlpo", brief), ("look", "often_grpo", brief)),
-        each(few, ("look", "sft120", brief), ("look", "fixed_order", f"{brief} shuffled:1")),
-        each(few, ("look", "easy0", brief), ("look", "easy1", brief)),
-        each(few, ("look", "scaled", brief), ("look", "kl", brief), ("look", "dropout0", brief)),
-        each(few, ("write_finals",)),
-        each(few, ("look", "finals", f"{brief} finals:1"), ("look", "same", f"{brief} same:1")),
-        each(few, ("look", "half", brief), ("baselines", "unseen", "tiny")),
-        each(few, ("look", "mlpo_only", "K1:1 K2:1 K4:1 K5:1 K6:1 same:1")),
     ]
     if args.bbh:
         official = "bbh/alone bbh/three:1"
@@ -129,6 +119,22 @@ def plan(args):
             each(seeds, *[("look", name, official) for name in OFFICIALLY]),
             each(seeds, ("baselines", "three", "bbh")),
         ]
+    parts += [
+        [("make_leader", name) for name in LEADERS],
+        each(few, ("look", "sometimes_mlpo", brief), ("look", "sometimes_grpo", brief)),
+        each(few, ("look", "often_mlpo", brief), ("look", "often_grpo", brief)),
+        each(few, ("look", "sft120", brief), ("look", "random_team", f"{brief} unseen:1")),
+        each(few, ("baselines", "unseen", "tiny")),
+        each(few, ("look", "mlpo_only", "K1:1 K2:1 K4:1 K5:1 K6:1 same:1")),
+        each(few, ("look", "easy0", brief), ("look", "scaled", brief)),
+        each(few, ("look", "kl", brief), ("look", "dropout0", brief)),
+        each(few, ("look", "easy1", brief), ("look", "fixed_order", f"{brief} shuffled:1")),
+        each(few, ("write_finals",)),
+        each(few, ("look", "finals", f"{brief} finals:1"), ("look", "same", f"{brief} same:1")),
+        each(few, ("look", "rounds", first)),
+        [("make_leader", "half")],
+        each(few, ("look", "half", brief)),
+    ]
     return parts
 
 
@@ -143,17 +149,22 @@ def main(argv=None):
     add("--train_questions", type=int, default=600)
     add("--jobs", type=int, default=2, help="how much is done at the same time, a thread for each")
     add("--bbh", default="", help="a folder with official BBH files")
-    add("--out", default=".", help="where RESULTS.md, benchmarks/ and runs/evidence/ are")
+    add("--out", default="runs/again", help="for RESULTS.md, benchmarks/ and runs/evidence/")
     args = parser.parse_args(argv)
-    args.bbh = args.bbh and str(Path(args.bbh).resolve())
-    args.out = "." if args.out == "." else str(Path(args.out).resolve())
-    os.chdir(ROOT)  # so that the commands in the rows hold no folder of this machine
+    if args.bbh:
+        args.bbh = str(Path(args.bbh).resolve())
+    if args.out != ".":
+        args.out = str(Path(args.out).resolve())
+    os.chdir(ROOT)
     args.work = f"{args.out}/runs/evidence".removeprefix("./")
     args.seed_list = list(SEEDS)[: args.seeds]
     path = Path(args.out) / "benchmarks" / "evidence.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     if args.report:
-        return report(runs.read_jsonl(path), args.out)
+        rows = runs.read_jsonl(path)
+        if not rows:
+            raise ValueError(f"{path}: nothing is measured there yet")
+        return report(rows, args.out)
     check_size(args)
     rows = {}
     for part in plan(args):
@@ -196,7 +207,11 @@ def do(args, unit):
     path = Path(args.work) / "units" / f"{re.sub('[^0-9A-Za-z_ ]', '-', name)}.json"
     if not path.exists():
         torch.set_num_threads(1)
-        runs.write_json(path, globals()[function](args, *what) or [])
+        measure = globals()[function]  # the plan names a function of this file
+        rows = measure(args, *what)
+        if rows is None:  # it has made something, and measured nothing
+            rows = []
+        runs.write_json(path, rows)
     return name, runs.read_json(path)
 
 
@@ -458,7 +473,7 @@ def baselines(args, team, which, seed):
 
 def as_output(text):
     """An agent's response in the form of a leader's output."""
-    answer = extract_agent_answer(text)
+    answer = extract_agent_answer(text) or ""
     return f"<think> {agents.quote(text)} </think> <answer> {answer} </answer>"
 
 
@@ -509,12 +524,8 @@ def train_to_pick(args, variant, seed, batch=16, lr=5e-4):
             if right.any() and not right.all():
                 scores = preferences(leader, task["question"], texts)
                 losses.append(scores.logsumexp(0) - scores[right].logsumexp(0))
-        rate = min(1, (step + 1) / 11, 2 - 2 * step / args.steps)  # train.py's schedule
-        optimizer.param_groups[0]["lr"] = lr * rate
-        optimizer.zero_grad()
         torch.stack(losses).mean().backward()
-        torch.nn.utils.clip_grad_norm_(leader.model.parameters(), 1.0)
-        optimizer.step()
+        gradient_step(leader.model, optimizer, learning_rate(step, args.steps, lr, warmup=10))
     return leader
 
 
@@ -557,6 +568,8 @@ def self_consistency(args, variant, seed):
     own = sum(len(of_question[0].ids) for of_question in said)
     # the leader with its team writes once, and reads what the agents wrote
     equal = round((2 * written + read + own) / own)
+    if equal > 20:
+        raise ValueError(f"the tokens of its team are those of {equal} votes: sample more than 20")
     rows = []
     for mode, n in (("votes of 5", 5), ("votes, as many tokens", equal)):
         some = [of_question[:n] for of_question in said]

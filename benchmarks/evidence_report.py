@@ -154,7 +154,9 @@ def leaders(rows, names, versus):
 
 def picture(rows_told, what, name):
     """Its line on the page, behind the tables that it belongs to: nothing if there are none."""
-    return rows_told and f"![{what}](benchmarks/evidence_{name}.png)\n"
+    if not rows_told:
+        return ""
+    return f"![{what}](benchmarks/evidence_{name}.png)\n"
 
 
 def title(mode):
@@ -284,7 +286,10 @@ def commands(rows):
         if row["command"].startswith("train.py"):
             usual = "seed|out|questions|eval_questions"
             text = re.sub(rf" --({usual}) \S+| --proposals \S*/sft-\S+", "", row["command"])
-            text = re.sub(r"runs/evidence/(\w+)-\d+", r"\1-S", text)
+            text = re.sub(r"\S*runs/evidence/", "", text)  # wherever --out was
+            text = re.sub(r"(\w+)-\d+(?=/|\.jsonl)", r"\1-S", text)
+            if row["variant"] == "grpo_tokens":  # each seed has a number of its own
+                text = re.sub(r"--steps \d+", "--steps N", text)
             added[LABELS[row["variant"]]] = f"`{text.removeprefix('train.py ')}`"
     return table(["leader", "command"], added.items())
 
@@ -316,7 +321,8 @@ def report(rows, out):
             page += [f"\n## {heading}\n", " ".join(section.__doc__.split()) + "\n", told.rstrip()]
         else:
             missing.append(heading)
-    without = [name for name in LABELS if not any(row["variant"] == name for row in rows)]
+    measured = {row["variant"] for row in rows}
+    without = [name for name in LABELS if name not in measured]
     if without:
         names = ", ".join(LABELS[name] for name in without)
         page.append(f"\nNot measured yet, leaders: {names}.")

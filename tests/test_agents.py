@@ -8,9 +8,10 @@ import torch
 from conftest import TEXT, for_all
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 import agents
+import sampling
 from agents import agent_messages, encode, leader_messages, quote
 from sampling import Completion
 
@@ -264,6 +265,49 @@ def test_a_file_that_is_not_there_is_one_line(tmp_path):
     assert "\n" not in str(stop.value)
 
 
+def test_a_file_with_a_dataclass_and_late_annotations_is_read(tmp_path):
+    text = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    text += "@dataclass\nclass Told:\n    text: str\n"
+    text += "def solver(question):\n    return Told('5').text\n"
+    (tmp_path / "solver.py").write_text(text)
+    [agent] = agents.load_team([f"{tmp_path}/solver.py#solver"])
+    [[said]] = agent.answer([agents.agent_messages("How many?")])
+    assert said.text == "5"
+
+
+@pytest.mark.parametrize("returned", ["5", "None", "['5']"])
+def test_a_function_that_returns_no_text_is_one_line(returned, tmp_path):
+    (tmp_path / "solver.py").write_text(f"def solver(question):\n    return {returned}\n")
+    [agent] = agents.load_team([f"{tmp_path}/solver.py#solver"])
+    with pytest.raises(ValueError, match="solver.py#solver: it must return a text, not ") as stop:
+        agent.answer([agents.agent_messages("How many?")])
+    assert "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize("wanted", ["cuda:1", "cuda:7", "cuda:x", "cpu:0"])
+def test_a_gpu_that_is_not_there_is_one_line(wanted, monkeypatch):
+    here = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: here)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1 if "cuda" in wanted else 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ValueError, match=f"--device {wanted} is not on this machine: use cuda"):
+        agents.choose_device(wanted)
+    if "cuda" in wanted:
+        assert agents.choose_device("cuda:0") == "cuda:0"
+
+
+@pytest.mark.parametrize("cache_class", [sampling.PlainCache, agents.SharedPromptCache])
+def test_a_model_whose_numbers_are_none_is_refused(cache_class, monkeypatch):
+    """Not a number is not near anything, also not in a maximum."""
+
+    def step(self, model, token, position):
+        return torch.full((len(token), model.config.vocab_size), torch.nan)
+
+    model = agents.load_model("tiny").model
+    monkeypatch.setattr(cache_class, "step", step)
+    assert sampling.error_of(cache_class, model) == float("inf")
+
+
 @pytest.mark.parametrize("here", [None, "mps", "cuda"])
 def test_the_device_is_the_first_that_is_there(here, monkeypatch, capsys):
     found = torch.device(here) if here else None
@@ -293,7 +337,7 @@ def test_a_prompt_that_is_too_long_is_refused(tiny_leader):
 
 
 def test_a_model_that_sets_no_limit_reads_everything(tiny_leader):
-    config = SimpleNamespace()  # of a model whose positions are not numbered
+    config = PretrainedConfig()  # of a model whose positions are not numbered
     endless = SimpleNamespace(name="e", tokenizer=tiny_leader.tokenizer)
     endless.model = SimpleNamespace(config=config)
     assert (
@@ -310,7 +354,7 @@ def test_a_tokenizer_without_an_unknown_token_never_complains(capsys):
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytes_alone = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model = SimpleNamespace(name="bytes", model=SimpleNamespace(config=SimpleNamespace()))
+    model = SimpleNamespace(name="bytes", model=SimpleNamespace(config=PretrainedConfig()))
     model.tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bytes_alone, chat_template=TURN, eos_token="<|endoftext|>"
     )

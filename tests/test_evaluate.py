@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import command
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 import agents
 import compare
@@ -36,7 +36,7 @@ class Fake:
         self.name = name
         self.script = script
         self.prompts = []
-        self.model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=room))
+        self.model = SimpleNamespace(config=PretrainedConfig(max_position_embeddings=room))
         self.tokenizer = FakeTokenizer(unknown)
 
     def answer(self, prompts, n=1, temperature=1.0, max_new_tokens=256, bar=None):
@@ -460,13 +460,13 @@ def test_a_config_of_an_older_version_has_the_defaults(run):
     run.how.clear()
     evaluate.measure(another_run(run, "plain", plain=True))
     assert {plain for _, plain in run.how} == {True}
-    assert evaluate.with_later_arguments({})["sft_alone"] == 0.5
+    assert runs.with_later_arguments({})["sft_alone"] == 0.5
     # plain GRPO showed the team to none of its SFT examples
-    assert evaluate.with_later_arguments({"team_dropout": 1.0})["sft_alone"] == 1.0
-    assert evaluate.with_later_arguments({"sft_alone": 0.2})["sft_alone"] == 0.2
-    assert evaluate.with_later_arguments({"questions": 7})["sft_questions"] == 7
-    assert evaluate.with_later_arguments({})["random_order"] is False
-    assert evaluate.with_later_arguments({"random_team": True})["random_order"] is True
+    assert runs.with_later_arguments({"team_dropout": 1.0})["sft_alone"] == 1.0
+    assert runs.with_later_arguments({"sft_alone": 0.2})["sft_alone"] == 0.2
+    assert runs.with_later_arguments({"questions": 7})["sft_questions"] == 7
+    assert runs.with_later_arguments({})["random_order"] is False
+    assert runs.with_later_arguments({"random_team": True})["random_order"] is True
 
 
 # ----------------------------------------------------------------------------------- several runs
@@ -908,7 +908,9 @@ def test_questions_that_are_too_long_are_left_out_aloud(run, capsys):
     assert evaluate.readable(leader, team, tasks, config) == [tasks[0], tasks[2]]
     said = capsys.readouterr().out.splitlines()
     assert said[-1].startswith("1 of 3 questions are too long and left out: question 2, 'q2 with")
-    with pytest.raises(ValueError, match="lower --max_new_tokens, every question is too long"):
+    with pytest.raises(
+        ValueError, match="every question is too long, train with a lower --max_new_tokens"
+    ):
         evaluate.readable(leader, team, tasks[1:2], config)
 
 

@@ -61,6 +61,17 @@ SCALED = [
 ]
 
 
+@pytest.mark.parametrize("gaps", [(float("nan"), 0.0), (0.0, float("nan"))])
+def test_a_leader_whose_numbers_are_none_is_refused(model, gaps, monkeypatch):
+    def completion_logprobs(args, model, prompts, completions, temperature=1.0):
+        logprobs, mask = grpo.completion_logprobs(model, prompts, completions, temperature)
+        return logprobs + torch.tensor(gaps)[:, None], mask
+
+    monkeypatch.setattr(train, "completion_logprobs", completion_logprobs)
+    with pytest.raises(ValueError, match="--leader mine: .* another leader"):
+        train.check_training(train.Arguments(), model, "mine")
+
+
 @pytest.mark.parametrize("way", [grpo, shared_prompt])
 @pytest.mark.parametrize("name, setting", SCALED)
 def test_logits_that_a_model_scales_or_caps_are_those_of_training_too(name, setting, way, prompts):

@@ -140,6 +140,22 @@ def claim(folder, resume=False, **changed):
     return runs.claim_folder(folder, {**CONFIG, **changed}, CONFIG, resume)
 
 
+@pytest.mark.parametrize("where", ["file/run", "/proc/nothing/run"])
+def test_a_folder_that_cannot_be_made_is_one_line(where, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--out .*: no folder can be made there: ") as stop:
+        claim(tmp_path / where)
+    assert "\n" not in str(stop.value)
+
+
+def test_a_run_of_an_older_version_goes_on_as_it_began(tmp_path):
+    """What it lacks it did as that version did, not as today's default does."""
+    runs.write_json(tmp_path / "config.json", {**CONFIG, "random_team": False})
+    with pytest.raises(ValueError, match="whose random_order is False, not True"):
+        claim(tmp_path, True, random_team=False, random_order=True)
+    claim(tmp_path, True, random_team=False, random_order=False)
+
+
 def test_two_runs_in_one_folder_the_second_refuses(tmp_path):
     claim(tmp_path / "run")
     words = "import runs, sys\ntry: runs.claim_folder(sys.argv[1], {}, {}, False)\n"
