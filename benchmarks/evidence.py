@@ -495,10 +495,14 @@ def pick(args, variant, team, seed):
     tasks = tasks_of(args, "tiny")
     first = first_responses(args, team, "tiny", seed)
     picked = []
+    said = []
     for task, responses in zip(tasks, first):
-        scores = preferences(leader, task["question"], [c.text for c in responses])
+        texts = [completion.text for completion in responses]
+        scores = preferences(leader, task["question"], texts)
         picked.append([responses[int(scores.argmax())]])
-    return [new_row(variant, seed, f"{team}:1", first, score("agent", tasks, picked))]
+        prompt = agents.encode(leader.tokenizer, agents.leader_messages(task["question"], texts))
+        said.append([*responses, sampling.Completion("", prompt_ids=prompt)])  # it reads, too
+    return [new_row(variant, seed, f"{team}:1", said, score("agent", tasks, picked))]
 
 
 @torch.enable_grad()

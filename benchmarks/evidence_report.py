@@ -172,7 +172,9 @@ CLAIMS = [
     ("the same without SFT, over untrained", ("mlpo_only", "three:1"), ("untrained", "three:1")),
     ("with the team, over any agent right", TEAM, ("three", "any")),
     ("with the team, over a leader trained only to pick", TEAM, ("picker", "three:1")),
+    ("with the team, over a debate of one round", TEAM, ("three", "debate:1")),
     ("with the team, over a debate of two rounds", TEAM, ("three", "debate:2")),
+    ("T = 2, over a debate of two rounds", ("mlpo", "three:2"), ("three", "debate:2")),
     ("with the team, over GRPO's leader with it", TEAM, ("grpo", "three:1")),
     ("with the team, over SFT + GRPO's leader with it", TEAM, ("grpo_sft", "three:1")),
     ("alone: MLPO over GRPO, equal steps", ("mlpo_only", "alone"), ("grpo", "alone")),
@@ -213,7 +215,7 @@ def parts(rows):
 
 def baselines(rows):
     """All of it on the same questions and first responses; *d* to SFT + MLPO with its team, T=1."""
-    modes = [*ALONE_OR_VOTED, "debate:2"]
+    modes = [*ALONE_OR_VOTED, "debate:1", "debate:2"]
     ones = [(mode, ("three", mode)) for mode in modes]
     ones += [("a leader trained only to pick", ("picker", "three:1"))]
     ones += [("GRPO's leader, with the team", ("grpo", "three:1"))]
@@ -225,7 +227,25 @@ def baselines(rows):
     of_these = compared(rows, ones, TEAM, mask=nobody_right(rows))
     if of_these:
         text += f"Only the questions on which no agent is right:\n\n{of_these}"
+    text += costs(rows)
     return text + picture(text, "by the number of agents that are right", "wrong")
+
+
+def costs(rows):
+    """What an answer costs, of those who do well."""
+    ones = [(f"SFT + MLPO, with the team, T = {t}", ("mlpo", f"three:{t}")) for t in (1, 2, 3)]
+    ones += [(mode, ("three", mode)) for mode in ("debate:1", "debate:2", "majority of 20")]
+    lines = []
+    for label, (variant, mode) in ones:
+        tokens = []
+        for row in rows:
+            if (row["variant"], row["mode"]) == (variant, mode) and "tokens" in row:
+                tokens.append(row["tokens"])
+        if tokens:
+            lines.append([label, f"{np.mean(tokens):,.0f}", share(rows, (variant, mode))])
+    if not lines:
+        return ""
+    return table(["who", "tokens read and written for an answer", "right"], lines) + "\n"
 
 
 ALONE_OR_VOTED = ("agent 1", "agent 2", "agent 3", "majority of 3", "majority of 20")
