@@ -425,8 +425,10 @@ def draw_when(rows, figure):
         "sometimes": ("sometimes_mlpo", "sometimes_grpo"),
         "often": ("often_mlpo", "often_grpo"),
     }
-    axes = figure.subplots(1, 3, sharey=True)
-    for axis, (how_often, (mlpo, grpo)) in zip(axes, pairs.items()):
+    measured = [how_often for how_often, names in pairs.items() if bits(rows, names[1], "alone")]
+    [axes] = figure.subplots(1, len(measured), sharey=True, squeeze=False)
+    for axis, how_often in zip(axes, measured):
+        mlpo, grpo = pairs[how_often]
         for who, style in (("team", "--"), ("alone", "-")):
             draw_curve(axis, rows, (mlpo, f"curve {who}"), style, "tab:orange", f"MLPO, {who}")
         draw_curve(axis, rows, (grpo, "curve alone"), "-", "tab:blue", "GRPO, alone")
