@@ -124,13 +124,23 @@ def table(head, lines):
     """A Markdown table; nothing if it has no lines."""
     if not lines:
         return ""
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + "\n"
+    text = ""
+    for row in [head, ["---"] * len(head), *lines]:
+        text += "| " + " | ".join(map(str, row)) + " |\n"
+    return text + "\n"
 
 
 def compared(rows, ones, versus, mask=None):
     """A table of what has been measured of `ones`, (label, (variant, mode)), each with its
     difference to `versus`, (variant, mode); nothing if that is all there is."""
+    return table(COLUMNS, compared_lines(rows, ones, versus, mask))
+
+
+COLUMNS = ["who", "seeds", "right", "*d*"]
+
+
+def compared_lines(rows, ones, versus, mask=None):
+    """The lines of `compared`."""
     lines = []
     for label, one in ones:
         if bits(rows, *one):
@@ -138,18 +148,16 @@ def compared(rows, ones, versus, mask=None):
             lines.append(
                 [label, seeds, share(rows, one, mask), difference(rows, one, versus, mask)]
             )
-    if len(lines) < 2:
-        return ""
-    return table(["who", "seeds", "right", "*d*"], lines) + "\n"
+    return lines if len(lines) > 1 else []
 
 
 def leaders(rows, names, versus):
-    """A table of leaders with the team, and one of the same alone; *d* to the leader `versus`."""
-    text = ""
+    """A table of leaders with the team, and alone; *d* to the leader `versus`, led or alone too."""
+    lines = []
     for mode in ("three:1", "alone"):
         ones = [(f"{LABELS[name]}: {title(mode)}", (name, mode)) for name in names]
-        text += compared(rows, ones, (versus, mode))
-    return text
+        lines += compared_lines(rows, ones, (versus, mode))
+    return table(COLUMNS, lines)
 
 
 def picture(rows_told, what, name):
@@ -243,9 +251,7 @@ def costs(rows):
                 tokens.append(row["tokens"])
         if tokens:
             lines.append([label, f"{np.mean(tokens):,.0f}", share(rows, (variant, mode))])
-    if not lines:
-        return ""
-    return table(["who", "tokens read and written for an answer", "right"], lines) + "\n"
+    return table(["who", "tokens read and written for an answer", "right"], lines)
 
 
 ALONE_OR_VOTED = ("agent 1", "agent 2", "agent 3", "majority of 3", "majority of 20")
@@ -270,11 +276,12 @@ def settings(rows):
 
 def teams(rows):
     """Other teams; *d* to the same leader with its own team."""
-    text = ""
+    lines = []
     for name in ("mlpo", "mlpo_only", "fixed_order", "random_team", "same", "finals"):
         modes = [f"{team}:1" for team in (*TEAMS, "K1", "K2", "K4", "K5", "K6")]
         ones = [(f"{LABELS[name]}: {title(mode)}", (name, mode)) for mode in modes]
-        text += compared(rows, ones, (name, "three:1"))
+        lines += compared_lines(rows, ones, (name, "three:1"))
+    text = table(COLUMNS, lines)
     ones = [(mode, ("unseen", mode)) for mode in ALONE_OR_VOTED]
     of_unseen = compared(rows, ones, ("unseen", "any"))
     if of_unseen:
@@ -284,10 +291,11 @@ def teams(rows):
 
 def rounds(rows):
     """What more rounds do to a leader; *d* to T=1."""
-    text = ""
+    lines = []
     for name in ("untrained", "sft", "mlpo", "mlpo_only", "rounds"):
         ones = [(f"{LABELS[name]}, T={t}", (name, f"three:{t}")) for t in (1, 2, 3, 5)]
-        text += compared(rows, ones, (name, "three:1"))
+        lines += compared_lines(rows, ones, (name, "three:1"))
+    text = table(COLUMNS, lines)
     return text + picture(text, "accuracy over T", "rounds")
 
 
