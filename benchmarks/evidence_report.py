@@ -292,7 +292,7 @@ def teams(rows):
 def rounds(rows):
     """What more rounds do to a leader; *d* to T=1."""
     lines = []
-    for name in ("untrained", "sft", "mlpo", "mlpo_only", "rounds"):
+    for name in ("untrained", "mlpo", "mlpo_only", "rounds"):
         ones = [(f"{LABELS[name]}, T={t}", (name, f"three:{t}")) for t in (1, 2, 3, 5)]
         lines += compared_lines(rows, ones, (name, "three:1"))
     text = table(COLUMNS, lines)
