@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 from textbook import textbook_logprobs
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 import agents
 import sampling
@@ -208,5 +208,16 @@ def test_a_template_that_writes_the_date_is_tomorrow_the_same_agent(monkeypatch)
 )
 def test_positions_that_change_with_the_length_of_a_text_limit_it(rope, room):
     """A cache holds keys that were turned by the positions of a shorter text."""
-    config = SimpleNamespace(max_position_embeddings=128, rope_parameters=rope)
+    config = PretrainedConfig(max_position_embeddings=128)
+    config.rope_parameters = rope
     assert agents.room_of(SimpleNamespace(model=SimpleNamespace(config=config))) == room
+
+
+def test_a_limit_that_stands_in_the_text_part_of_a_configuration_is_found(tokenizer):
+    """As in Gemma 3, which reads pictures too: its own configuration names no length and no end."""
+    config = AutoConfig.for_model("gemma3", text_config={"max_position_embeddings": 77})
+    assert not hasattr(config, "max_position_embeddings")
+    model = SimpleNamespace(config=config, generation_config=SimpleNamespace(eos_token_id=None))
+    assert agents.room_of(SimpleNamespace(model=model)) == 77
+    config.text_config.eos_token_id = [5, 6]
+    assert sampling.stop_ids(model, tokenizer) == sorted({5, 6, tokenizer.eos_token_id})
