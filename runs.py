@@ -38,6 +38,8 @@ def run_script(main):
             raise
         advice = "a lower --tokens_per_batch, in sampling a lower --sample_gb; then --resume"
         fail(f"out of memory: train.py takes {advice}")
+    if dist.is_initialized():
+        end_now(0)
 
 
 def say(text):
@@ -49,7 +51,17 @@ def say(text):
 def fail(message):
     """End the script with one line that says what is wrong, and exit status 2."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    if dist.is_initialized():
+        end_now(2)
     raise SystemExit(2)
+
+
+def end_now(status):
+    """End one of several processes, when all is written, without the destructors of C++: now and
+    then PyTorch's threads make these abort, and torchrun would call the whole run failed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 # ----------------------------------------------------------------------------------- whole files

@@ -44,6 +44,7 @@ try:
                 signal.raise_signal(signal.SIGINT)  # one of them alone
 except KeyboardInterrupt:
     Path(folder, f"stopped-{runs.rank()}").write_text(str(step))
+runs.end_now(0)  # as run_script does
 """
 
 
