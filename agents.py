@@ -371,10 +371,11 @@ def choose_device(wanted=""):
     here = torch.accelerator.current_accelerator(check_available=True)  # cuda, mps or None
     here = here.type if here else "cpu"
     device = wanted or here
-    if device.split(":")[0] not in (here, "cpu"):
-        raise ValueError(f"--device {device} is not on this machine: use {here}")
-    number = device.partition(":")[2]
-    if number and not (number.isdecimal() and int(number) < torch.accelerator.device_count()):
+    kind, _, number = device.partition(":")
+    is_here = kind in (here, "cpu")
+    if is_here and number:
+        is_here = number.isdecimal() and int(number) < torch.accelerator.device_count()
+    if not is_here:
         raise ValueError(f"--device {device} is not on this machine: use {here}")
     if device.startswith("cuda") and not has_bf16(device):
         print("this GPU has no bf16 in hardware: everything is computed in float32")
@@ -400,7 +401,7 @@ def check_prompts(model, prompts, more_tokens):
     words = ", ".join(unknown_words(model.tokenizer, prompts)[:8])
     problem = f"{share:.1%} of the words in the prompts are unknown to {model.name}: {words}"
     if share > UNKNOWN:
-        advice = "train others for these questions, by --leader and --agents"
+        advice = "these questions need models that know them (train.py --leader and --agents)"
         raise ValueError(f"{problem}: {advice}")
     runs.say(problem)
     return too_long
