@@ -49,8 +49,8 @@ LONGEST = 120  # new tokens
 TEAM = ["tiny/agent1", "tiny/agent2", "tiny/agent3"]
 
 GRPO = "--agents none --lr 4e-4"  # tuned on validation questions too: 1e-4 has learned nothing yet
-# name: (start, what is added to the command). Start: "sft", from the seed's SFT leader; "own", with
-# an SFT phase of its own; else the leader's name, without SFT.
+# name: (start, what is added to the command). Start: "own", with an SFT phase of its own; the name
+# of another of these, whose leader goes on; else the leader's name, without SFT.
 VARIANTS = {
     "sft": ("own", "--steps 0"),  # makes the seed's proposals as well
     "mlpo": ("sft", ""),
@@ -60,7 +60,10 @@ VARIANTS = {
     "grpo_tokens": ("tiny", GRPO),  # as many steps as make its tokens mlpo_only's
     "paper": ("tiny", "--paper"),
     # the parts of the method, one changed at a time
-    "sft120": ("own", "--sft_steps 120"),
+    "sft30": ("own", "--sft_steps 30 --steps 0"),
+    "sft30_mlpo": ("sft30", ""),
+    "sft120": ("own", "--sft_steps 120 --steps 0"),
+    "sft120_mlpo": ("sft120", ""),
     "easy0": ("tiny", "--easy_share 0"),
     "easy1": ("tiny", "--easy_share 1"),
     "scaled": ("tiny", "--scale_rewards"),
@@ -123,8 +126,9 @@ def plan(args):
         [("make_leader", name) for name in LEADERS],
         each(few, ("look", "sometimes_mlpo", brief), ("look", "sometimes_grpo", brief)),
         each(few, ("look", "often_mlpo", brief), ("look", "often_grpo", brief)),
-        each(few, ("look", "sft120", brief), ("look", "random_team", f"{brief} unseen:1")),
-        each(few, ("baselines", "unseen", "tiny")),
+        each(few, ("look", "sft30", brief), ("look", "sft120", brief)),
+        each(few, ("look", "sft30_mlpo", brief), ("look", "sft120_mlpo", brief)),
+        each(few, ("baselines", "unseen", "tiny"), ("look", "random_team", f"{brief} unseen:1")),
         each(few, ("look", "mlpo_only", "K1:1 K2:1 K4:1 K5:1 K6:1 same:1")),
         each(few, ("look", "easy0", brief), ("look", "scaled", brief)),
         each(few, ("look", "kl", brief), ("look", "dropout0", brief)),
@@ -241,8 +245,8 @@ def words_of(args, variant, seed):
     words = words.format(work=args.work, seed=seed).split()
     if variant not in OWN_PROPOSALS and "--proposals" not in words:
         words += ["--proposals", f"{args.work}/sft-{seed}/proposals.jsonl"]
-    if start == "sft":
-        words += ["--leader", f"{args.work}/sft-{seed}/leader", "--sft_steps", "0"]
+    if start in VARIANTS:
+        words += ["--leader", f"{args.work}/{start}-{seed}/leader", "--sft_steps", "0"]
     elif start != "own":
         words += ["--leader", start.format(work=args.work), "--sft_steps", "0"]
     elif "--sft_steps" not in words:

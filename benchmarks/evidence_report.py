@@ -19,7 +19,10 @@ LABELS = {
     "grpo_tokens": "GRPO, no SFT, as many tokens as MLPO",
     "grpo_sft": "SFT + GRPO",
     "paper": "MLPO, never alone (--paper)",
-    "sft120": "120 steps of SFT + MLPO",
+    "sft30": "30 steps of SFT",
+    "sft30_mlpo": "30 steps of SFT + MLPO",
+    "sft120": "120 steps of SFT",
+    "sft120_mlpo": "120 steps of SFT + MLPO",
     "easy0": "MLPO, easy questions dropped",
     "easy1": "MLPO, no question dropped",
     "scaled": "MLPO, advantages / std",
@@ -47,7 +50,8 @@ NOTE = """Shares of right answers in %, differences (*d*) in points. `±` is hal
 in which both seeds and questions vary: the variance is that of the seeds' means / seeds + that of
 the questions' means / questions, which counts the rest twice and so errs on the careful side; p is
 that of a paired t-test with it (degrees of freedom after Satterthwaite), without a correction for
-the number of tests. Neither these questions nor these seeds were used to choose anything."""
+the number of tests. Tokens: those read and written for an answer. Neither these questions nor these
+seeds were used to choose anything."""
 
 
 # ------------------------------------------------------------------------------------- statistics
@@ -136,7 +140,7 @@ def compared(rows, ones, versus, mask=None):
     return table(COLUMNS, compared_lines(rows, ones, versus, mask))
 
 
-COLUMNS = ["who", "seeds", "right", "*d*"]
+COLUMNS = ["who", "seeds", "tokens", "right", "*d*"]
 
 
 def compared_lines(rows, ones, versus, mask=None):
@@ -144,20 +148,33 @@ def compared_lines(rows, ones, versus, mask=None):
     lines = []
     for label, one in ones:
         if bits(rows, *one):
-            seeds = len(bits(rows, *one))
-            lines.append(
-                [label, seeds, share(rows, one, mask), difference(rows, one, versus, mask)]
-            )
+            line = [label, len(bits(rows, *one)), tokens_of(rows, one)]
+            lines.append([*line, share(rows, one, mask), difference(rows, one, versus, mask)])
     return lines if len(lines) > 1 else []
 
 
+def tokens_of(rows, one):
+    """How many an answer takes, read and written, on the mean."""
+    variant, mode = one
+    tokens = []
+    for row in rows:
+        if (row["variant"], row["mode"]) == (variant, mode):
+            tokens.append(row["tokens"])
+    return f"{np.mean(tokens):,.0f}"
+
+
 def leaders(rows, names, versus):
-    """A table of leaders with the team, and alone; *d* to the leader `versus`, led or alone too."""
+    """A table of leaders, with the team and alone; each *d* is to the leader `versus`; nothing if
+    that is all there is."""
     lines = []
-    for mode in ("three:1", "alone"):
-        ones = [(f"{LABELS[name]}: {title(mode)}", (name, mode)) for name in names]
-        lines += compared_lines(rows, ones, (versus, mode))
-    return table(COLUMNS, lines)
+    for name in names:
+        if bits(rows, name, "three:1"):
+            line = [LABELS[name], len(bits(rows, name, "three:1"))]
+            for mode in ("three:1", "alone"):
+                line += [share(rows, (name, mode)), difference(rows, (name, mode), (versus, mode))]
+            lines.append(line)
+    head = ["leader", "seeds", "its team, T=1", "*d*", "alone", "*d*"]
+    return table(head, lines if len(lines) > 1 else [])
 
 
 def picture(rows_told, what, name):
@@ -215,57 +232,71 @@ def nobody_right(rows):
 
 
 def parts(rows):
-    """What each phase adds; *d* to SFT + MLPO. `SFT` has 10 steps: 0 and 120 are its sweep."""
-    names = ("untrained", "sft", "mlpo_only", "mlpo", "sft120", "grpo", "grpo_tokens", "grpo_sft")
-    text = leaders(rows, (*names, "paper"), "mlpo")
+    """What each phase adds; *d* to SFT + MLPO. `SFT` has 10 steps: 0, 30 and 120 are its sweep."""
+    names = ("untrained", "sft", "sft30", "sft120")
+    names += ("mlpo_only", "mlpo", "sft30_mlpo", "sft120_mlpo")
+    names += ("grpo", "grpo_tokens", "grpo_sft", "paper")
+    text = leaders(rows, names, "mlpo")
     return text + picture(text, "what each phase adds", "parts")
 
 
 def baselines(rows):
     """All of it on the same questions and first responses; *d* to SFT + MLPO with its team, T=1."""
-    modes = [*ALONE_OR_VOTED, "debate:1", "debate:2"]
+    modes = [*AGENTS, "majority of 20", "majority of 40", "debate:1", "debate:2"]
     ones = [(mode, ("three", mode)) for mode in modes]
     ones += [("a leader trained only to pick", ("picker", "three:1"))]
     ones += [("GRPO's leader, with the team", ("grpo", "three:1"))]
     ones += [("SFT + GRPO's leader, with the team", ("grpo_sft", "three:1"))]
     for mode in ("votes of 5", "votes, as many tokens"):
         ones += [(f"SFT + MLPO alone, {mode}", ("mlpo", mode))]
-    text = compared(rows, [*ones, ("SFT + MLPO, with the team", TEAM)], TEAM)
+    for t in (1, 2, 3):
+        ones += [(f"SFT + MLPO, with the team, T={t}", ("mlpo", f"three:{t}"))]
+    text = compared(rows, ones, TEAM)
     ones = [(LABELS[name], (name, "three:1")) for name in ("untrained", "sft", "mlpo", "mlpo_only")]
     of_these = compared(rows, ones, TEAM, mask=nobody_right(rows))
     if of_these:
         text += f"Only the questions on which no agent is right:\n\n{of_these}"
-    text += costs(rows)
     return text + picture(text, "by the number of agents that are right", "wrong")
 
 
-def costs(rows):
-    """What an answer costs, of those who do well."""
-    ones = [(f"SFT + MLPO, with the team, T = {t}", ("mlpo", f"three:{t}")) for t in (1, 2, 3)]
-    ones += [(mode, ("three", mode)) for mode in ("debate:1", "debate:2", "majority of 20")]
-    lines = []
-    for label, (variant, mode) in ones:
-        tokens = []
-        for row in rows:
-            if (row["variant"], row["mode"]) == (variant, mode) and "tokens" in row:
-                tokens.append(row["tokens"])
-        if tokens:
-            lines.append([label, f"{np.mean(tokens):,.0f}", share(rows, (variant, mode))])
-    return table(["who", "tokens read and written for an answer", "right"], lines)
-
-
-ALONE_OR_VOTED = ("agent 1", "agent 2", "agent 3", "majority of 3", "majority of 20")
-ALONE_OR_VOTED += ("majority of 40", "any")
+AGENTS = ("agent 1", "agent 2", "agent 3", "majority of 3", "any")
 
 
 def when(rows):
     """A team helps where the leader seldom finds the right way alone. Three leaders, that follow
-    each misconception alone with a probability of 0.9, 0.7 and 0.4, and two trainings of each."""
-    names = ("sometimes_mlpo", "sometimes_grpo", "often_mlpo", "often_grpo")
-    if not any(bits(rows, name, "alone") for name in names):
+    each misconception alone with a probability of 0.9, 0.7 and 0.4, and two trainings of each,
+    without SFT. Before: how often it is right on the validation questions, untrained. *d*: MLPO
+    over GRPO, both alone."""
+    lines = []
+    for how_often, (mlpo, grpo) in BEGINNERS.items():
+        told = difference(rows, (mlpo, "alone"), (grpo, "alone"))
+        if told:
+            line = [f"{how_often} right", len(matrix(rows, (mlpo, "alone"), (grpo, "alone")))]
+            line += [before_training(rows, grpo), share(rows, (mlpo, "alone"))]
+            lines.append(
+                [*line, share(rows, (grpo, "alone")), told, share(rows, (mlpo, "three:1"))]
+            )
+    if len(lines) < 2:
         return ""
-    text = leaders(rows, ("mlpo_only", "grpo", *names), "mlpo_only")
-    return text + picture(text, "MLPO and GRPO over training", "when")
+    head = ["leader", "seeds", "before", "MLPO, alone", "GRPO, alone", "*d*", "MLPO, its team"]
+    return table(head, lines) + picture(lines, "MLPO and GRPO over training", "when")
+
+
+BEGINNERS = {  # how often a leader is right alone before training: (its MLPO, its GRPO)
+    "seldom": ("mlpo_only", "grpo"),
+    "sometimes": ("sometimes_mlpo", "sometimes_grpo"),
+    "often": ("often_mlpo", "often_grpo"),
+}
+
+
+def before_training(rows, name):
+    """How often this leader was right alone at its first look at the validation questions."""
+    first = []
+    for row in rows:
+        if (row["variant"], row["mode"]) == (name, "curve alone") and row["curve"]:
+            _, right = row["curve"][0]
+            first.append(right)
+    return f"{100 * np.mean(first):.0f}" if first else ""
 
 
 def settings(rows):
@@ -282,26 +313,31 @@ def teams(rows):
         ones = [(f"{LABELS[name]}: {title(mode)}", (name, mode)) for mode in modes]
         lines += compared_lines(rows, ones, (name, "three:1"))
     text = table(COLUMNS, lines)
-    ones = [(mode, ("unseen", mode)) for mode in ALONE_OR_VOTED]
-    of_unseen = compared(rows, ones, ("unseen", "any"))
+    of_unseen = []
+    for mode in AGENTS:
+        right = share(rows, ("unseen", mode))
+        if right:
+            of_unseen.append(f"{mode} {right}")
     if of_unseen:
-        text += f"The team that it never saw:\n\n{of_unseen}"
+        text += f"The team that it never saw has right: {', '.join(of_unseen)}.\n"
     return text
 
 
 def rounds(rows):
-    """What more rounds do to a leader; *d* to T=1."""
+    """What more rounds do to a leader; *d* is that of T=5 to T=1."""
     lines = []
-    for name in ("untrained", "mlpo", "mlpo_only", "rounds"):
-        ones = [(f"{LABELS[name]}, T={t}", (name, f"three:{t}")) for t in (1, 2, 3, 5)]
-        lines += compared_lines(rows, ones, (name, "three:1"))
-    text = table(COLUMNS, lines)
+    for name in ("untrained", "sft", "mlpo", "mlpo_only", "rounds"):
+        if bits(rows, name, "three:5"):
+            line = [LABELS[name], len(bits(rows, name, "three:5"))]
+            line += [share(rows, (name, f"three:{t}")) for t in (1, 2, 3, 5)]
+            lines.append([*line, difference(rows, (name, "three:5"), (name, "three:1"))])
+    text = table(["leader", "seeds", "T=1", "T=2", "T=3", "T=5", "*d*"], lines)
     return text + picture(text, "accuracy over T", "rounds")
 
 
 def official(rows):
     """The official files of these tasks, of which no question was in any training."""
-    ones = [(mode, ("three", f"bbh/{mode}")) for mode in ALONE_OR_VOTED]
+    ones = [(mode, ("three", f"bbh/{mode}")) for mode in AGENTS]
     for name in ("untrained", "sft", "mlpo", "grpo"):
         ones += [(f"{LABELS[name]}, {title(m)}", (name, f"bbh/{m}")) for m in ("alone", "three:1")]
     return compared(rows, ones, ("mlpo", "bbh/three:1"))
@@ -428,15 +464,10 @@ def draw_wrong(rows, figure):
 
 def draw_when(rows, figure):
     """Validation questions over training steps: MLPO and GRPO from three leaders."""
-    pairs = {
-        "seldom": ("mlpo_only", "grpo"),
-        "sometimes": ("sometimes_mlpo", "sometimes_grpo"),
-        "often": ("often_mlpo", "often_grpo"),
-    }
-    measured = [how_often for how_often, names in pairs.items() if bits(rows, names[1], "alone")]
+    measured = [name for name, (_, grpo) in BEGINNERS.items() if bits(rows, grpo, "alone")]
     [axes] = figure.subplots(1, len(measured), sharey=True, squeeze=False)
     for axis, how_often in zip(axes, measured):
-        mlpo, grpo = pairs[how_often]
+        mlpo, grpo = BEGINNERS[how_often]
         for who, style in (("team", "--"), ("alone", "-")):
             draw_curve(axis, rows, (mlpo, f"curve {who}"), style, "tab:orange", f"MLPO, {who}")
         draw_curve(axis, rows, (grpo, "curve alone"), "-", "tab:blue", "GRPO, alone")

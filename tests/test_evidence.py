@@ -75,6 +75,7 @@ def made_up(variant, seed, mode, share=0.7, questions=20):
         row["command"] = f"train.py {leader} --seed {seed} --out runs/evidence/{variant}-{seed}"
     if mode.startswith("curve"):
         return {**row, "curve": [[0, 0.3], [25, 0.6]]}
+    row["tokens"] = 100.0
     row["correct"] = "".join(rng.choices("01", [1 - share, share], k=questions))
     return row
 
