@@ -158,6 +158,33 @@ def test_shipped_agents_are_who_they_are_said_to_be(who):
         assert agreed >= 20, (task, agreed)
 
 
+@pytest.mark.parametrize("who", make.BELIEFS)
+def test_shipped_agents_refine_as_is_said(who):
+    """They are convinced of what they get wrong about half of the time, and of nothing else."""
+    agent, rng = agents.load_model(f"tiny/{who}"), random.Random(2)
+    torch.manual_seed(0)
+    prompts = []
+    accepted = []  # for each prompt: the answers that are one of the two
+    convinced = []  # ... and that of one who is convinced; None where he cannot be told apart
+    for task in tiny.TASKS:
+        own = tiny.MISCONCEPTIONS[task][make.BELIEFS[who][task]]
+        for _ in range(20):
+            question, solve = tiny.draw_puzzle(rng, "test", task)
+            others = [belief for belief in tiny.MISCONCEPTIONS[task] if belief != own]
+            for held in ([], [rng.choice(others)]):
+                said, led = make.said(solve([own])), make.led(solve(held))
+                prompts.append(agents.agent_messages(question, said, led))
+                right, wrong = solve([])[1], solve([own])[1]
+                accepted.append({right, wrong})
+                convinced.append(right if right != wrong else None)
+    answers = []
+    for [completion] in agent.answer(prompts, 1, 1.0, 120):
+        answers.append(extract_agent_answer(completion.text))
+    told_apart = [a == c for a, c in zip(answers, convinced) if c]
+    assert 0.25 < sum(told_apart) / len(told_apart) < 0.75
+    assert sum(a in both for a, both in zip(answers, accepted)) > 0.8 * len(answers)
+
+
 def test_making_the_models_goes_on_where_it_was_stopped(tmp_path, tokenizer):
     weights = []
     for stops in ([4], [2, 4]):

@@ -47,6 +47,8 @@ BELIEFS = {  # which misconception each agent holds in each task
 }
 PRACTICE = [3, 3, 2, 2]  # how often each task comes in the lessons: the hard ones oftener
 REFINING = {"school": 0.08, "agent": 0.35}  # share of lessons: the turn in which agents refine
+CONVINCED = 0.5  # how often the leader convinces an agent, in a kind of step that it gets wrong
+POOL = 8  # steps whose lessons are drawn together, and sorted by length
 ALONE = 0.9  # how often the leader follows each misconception when nobody helps it
 # tags, options, numbers, words, signs
 WORD = r"</?[a-z]+>|\([A-Z]\)|-?\d+|[A-Za-z]+|[^\sA-Za-z0-9]"
@@ -85,21 +87,37 @@ def build_tokenizer():
     vocabulary = {word: i for i, word in enumerate(SPECIAL + words)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
-    tidy = [decoders.Replace(f" {mark}", mark) for mark in ".,?:"]
-    core.decoder = decoders.Sequence([decoders.WordPiece(cleanup=False), decoders.Fuse(), *tidy])
-    marks = dict(pad_token="<pad>", unk_token="<unk>", eos_token="<|end|>")
-    marks["additional_special_tokens"] = ["<|user|>", "<|assistant|>"]
-    limits = dict(padding_side="left", model_max_length=1024)
-    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=TEMPLATE, **marks, **limits)
+    no_space_before = [decoders.Replace(f" {mark}", mark) for mark in ".,?:"]
+    join_words = [decoders.WordPiece(cleanup=False), decoders.Fuse()]
+    core.decoder = decoders.Sequence(join_words + no_space_before)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        chat_template=TEMPLATE,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"],
+        padding_side="left",
+        model_max_length=1024,
+    )
 
 
 def build_model(tokenizer):
     """A Llama of 0.9 million parameters (not Qwen2: AutoTokenizer would swap its tokenizer)."""
     torch.manual_seed(0)
-    size = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4)
-    text = dict(vocab_size=len(tokenizer), max_position_embeddings=1024, tie_word_embeddings=True)
-    marks = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
-    return LlamaForCausalLM(LlamaConfig(**size, **text, **marks))
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
 
 
 def lesson(rng, who, alone=ALONE):
@@ -135,13 +153,15 @@ def leader_lesson(rng, question, solve, beliefs, alone):
 
 
 def refining_lesson(rng, question, solve, beliefs, own):
-    """An agent stands by the steps that it knows, and takes the leader's in the kind that it gets
-    wrong itself."""
+    """An agent stands by the steps that it knows. In the kind that it gets wrong itself the leader
+    convinces it half of the time; else it says again what it said before."""
     followed = some(rng, beliefs, 0.3)
-    kept = [belief for belief in own if belief in followed]
-    before = rng.choice([own, kept])
+    before = rng.choice([own, []])  # []: it was convinced in an earlier round
+    after = before
+    if rng.random() < CONVINCED:
+        after = [belief for belief in own if belief in followed]
     messages = agent_messages(question, said(solve(before)), led(solve(followed)))
-    return messages, said(solve(kept))
+    return messages, said(solve(after))
 
 
 def some(rng, beliefs, share):
@@ -151,39 +171,59 @@ def some(rng, beliefs, share):
 def batches(who, tokenizer, size, start, alone=ALONE):
     """Endless (token ids, the same with -100 where nothing is learned) of that model's lessons,
     both (size, length), from step `start` on."""
-    for pool in itertools.count(start // 8):
-        rng, rows = random.Random(f"{who} {pool}"), []
-        for _ in range(8 * size):
+
+    def number_of_tokens(row):
+        return len(row[0])
+
+    for pool in itertools.count(start // POOL):
+        rng = random.Random(f"{who} {pool}")
+        rows = []
+        for _ in range(POOL * size):
             messages, target = lesson(rng, who, alone)
-            prompt, target = encode(tokenizer, messages), tokenizer(target + "<|end|>")["input_ids"]
-            labels = [-100] * len(prompt) + target
-            rows.append((torch.tensor(prompt + target), torch.tensor(labels)))
-        rows.sort(key=lambda row: len(row[0]))  # alike together: little padding
-        for i in random.Random(pool).sample(range(8), 8)[start % 8 :]:
+            prompt_ids = encode(tokenizer, messages)
+            target_ids = tokenizer(target + "<|end|>")["input_ids"]
+            labels = [-100] * len(prompt_ids) + target_ids
+            rows.append((torch.tensor(prompt_ids + target_ids), torch.tensor(labels)))
+        rows.sort(key=number_of_tokens)  # alike together: little padding
+        order = random.Random(pool).sample(range(POOL), POOL)
+        for i in order[start % POOL :]:
             ids, labels = zip(*rows[i * size : (i + 1) * size])
-            yield pad_sequence(ids, True, 0), pad_sequence(labels, True, -100)
+            yield (
+                pad_sequence(ids, batch_first=True, padding_value=0),
+                pad_sequence(labels, batch_first=True, padding_value=-100),
+            )
         start = 0
 
 
 def study(who, model, tokenizer, work, steps, lr=4e-3, decay=0.0, size=32, alone=ALONE):
     """Supervised learning. The rate is constant, then falls to 0 in the last `decay` of the run."""
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    matrices = []
+    rest = []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and name.startswith("model.layers."):
+            matrices.append(parameter)
+        else:
+            rest.append(parameter)
     muon = torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)
     peaks = {muon: lr, adamw: lr / 2}  # with Muon: half as many steps
-    path, start = work / f"{who}.pt", 0
-    if state := runs.load_checkpoint(path):
+    path = work / f"{who}.pt"
+    start = 0
+    state = runs.load_checkpoint(path)
+    if state:
         start = state["step"]
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(peaks, state["optimizers"]):
             optimizer.load_state_dict(saved)
     bar = tqdm(range(start, steps), who, steps, initial=start)
     for step, (ids, labels) in zip(bar, batches(who, tokenizer, size, start, alone)):
-        rate = min(1, (step + 1) / 50, (1 - step / steps) / decay if decay else 1)
-        learned = labels[:, 1:] != -100
-        hidden = model.model(ids).last_hidden_state[:, :-1][learned]
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), labels[:, 1:][learned])
+        rate = min(1, (step + 1) / 50)
+        if decay:
+            rate = min(rate, (1 - step / steps) / decay)
+        targets = labels[:, 1:]  # (size, length - 1): what each token is followed by
+        learned = targets != -100
+        hidden = model.model(ids).last_hidden_state[:, :-1][learned]  # (learned tokens, width)
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), targets[learned])
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -203,9 +243,10 @@ def main():
     parser.add_argument("--only", nargs="*", default=["leader", *BELIEFS], help="which models")
     args = parser.parse_args()
     if args.exclude:
-        rows = [row for path in args.exclude for row in load_tasks(path, "all")]
         official.clear()
-        official.update(question_hash(row["question"])[:12] for row in rows)
+        for path in args.exclude:
+            for row in load_tasks(path, "all"):
+                official.add(question_hash(row["question"])[:12])
         runs.write_text(OFFICIAL, "\n".join(sorted(official)) + "\n")
     WORK.mkdir(exist_ok=True)
     tokenizer = build_tokenizer()
