@@ -245,10 +245,11 @@ def words_of(args, variant, seed):
     words = words.format(work=args.work, seed=seed).split()
     if variant not in OWN_PROPOSALS and "--proposals" not in words:
         words += ["--proposals", f"{args.work}/sft-{seed}/proposals.jsonl"]
-    if start in VARIANTS:
-        words += ["--leader", f"{args.work}/{start}-{seed}/leader", "--sft_steps", "0"]
-    elif start != "own":
-        words += ["--leader", start.format(work=args.work), "--sft_steps", "0"]
+    if start != "own":
+        leader = start.format(work=args.work)
+        if start in VARIANTS:
+            leader = f"{args.work}/{start}-{seed}/leader"
+        words += ["--leader", leader, "--sft_steps", "0"]
     elif "--sft_steps" not in words:
         words += ["--sft_steps", str(args.sft_steps)]
     if "--steps" not in words:

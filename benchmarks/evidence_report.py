@@ -85,11 +85,16 @@ def estimate(values):
 # ------------------------------------------------------------------------------------------ cells
 
 
+def rows_of(rows, variant, mode):
+    """Those of one variant and mode: a row for each seed."""
+    return [row for row in rows if (row["variant"], row["mode"]) == (variant, mode)]
+
+
 def bits(rows, variant, mode):
     """{seed: its right and wrong answers as an array}."""
     found = {}
-    for row in rows:
-        if (row["variant"], row["mode"]) == (variant, mode) and "correct" in row:
+    for row in rows_of(rows, variant, mode):
+        if "correct" in row:
             found[row["seed"]] = np.array(list(row["correct"]), float)
     return found
 
@@ -155,11 +160,7 @@ def compared_lines(rows, ones, versus, mask=None):
 
 def tokens_of(rows, one):
     """How many an answer takes, read and written, on the mean."""
-    variant, mode = one
-    tokens = []
-    for row in rows:
-        if (row["variant"], row["mode"]) == (variant, mode):
-            tokens.append(row["tokens"])
+    tokens = [row["tokens"] for row in rows_of(rows, *one)]
     return f"{np.mean(tokens):,.0f}"
 
 
@@ -292,8 +293,8 @@ BEGINNERS = {  # how often a leader is right alone before training: (its MLPO, i
 def before_training(rows, name):
     """How often this leader was right alone at its first look at the validation questions."""
     first = []
-    for row in rows:
-        if (row["variant"], row["mode"]) == (name, "curve alone") and row["curve"]:
+    for row in rows_of(rows, name, "curve alone"):
+        if row["curve"]:
             _, right = row["curve"][0]
             first.append(right)
     return f"{100 * np.mean(first):.0f}" if first else ""
@@ -477,10 +478,7 @@ def draw_when(rows, figure):
 
 def draw_curve(axis, rows, one, style, color, label):
     """The mean over seeds of a leader's looks at the validation questions."""
-    curves = []
-    for row in rows:
-        if (row["variant"], row["mode"]) == one and row["curve"]:
-            curves.append(row["curve"])
+    curves = [row["curve"] for row in rows_of(rows, *one) if row["curve"]]
     if curves:
         steps, accuracy = np.array(curves).mean(0).T
         axis.plot(steps, 100 * accuracy, style, color=color, label=label)

@@ -164,8 +164,8 @@ def test_shipped_agents_refine_as_is_said(who):
     agent, rng = agents.load_model(f"tiny/{who}"), random.Random(2)
     torch.manual_seed(0)
     prompts = []
-    accepted = []  # for each prompt: the answers that are one of the two
-    convinced = []  # ... and that of one who is convinced; None where he cannot be told apart
+    accepted = []  # for each prompt: the right answer and that of the agent's own misconception
+    convinced = []  # the answer of an agent that is convinced; None where the two are the same
     for task in tiny.TASKS:
         own = tiny.MISCONCEPTIONS[task][make.BELIEFS[who][task]]
         for _ in range(20):
