@@ -494,7 +494,8 @@ def is_right(who, task, completions):
     if who == "leader":
         answers = [extract_answer(completions[-1].text)]
     else:
-        answers = [extract_agent_answer(completion.text) for completion in completions]
+        question = task["question"]
+        answers = [extract_agent_answer(c.text, question) for c in completions]
     if who == "majority":
         answers = [vote(answers, task["question"])]
     return any(is_correct(answer, task["answer"], task["question"]) for answer in answers)

@@ -150,8 +150,9 @@ def one_round(t, rounds, stages, names, said, task, solution):
 
 def speech(who, name, text, task, solution):
     """One text: whose, whether its answer is right, and its steps."""
-    answer = extract_answer(text) if who == "leader" else extract_agent_answer(text)
-    right = is_correct(answer, task["answer"], task["question"])
+    question = task["question"]
+    answer = extract_answer(text) if who == "leader" else extract_agent_answer(text, question)
+    right = is_correct(answer, task["answer"], question)
     return {"name": name, "right": right, "parts": marked_steps(text, solution)}
 
 

@@ -51,11 +51,12 @@ def after_reasoning(text):
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
-def extract_agent_answer(text):
+def extract_agent_answer(text, question=""):
     r"""An agent's answer, as a person would read it: in tags, else in its last `\boxed{}`, else
     what it states last ("the answer is X", "Answer: X", "#### X"), else what its last line commits
-    to. None if it commits to nothing, or to two things. One that uses our tags is held to them.
-    Not for the leader, which is trained to use them."""
+    to. None if it commits to nothing, or to two things: an option's letter with the text that
+    another option has in the question. One that uses our tags is held to them. Not for the leader,
+    which is trained to use them."""
     text = after_reasoning(text)
     if "<answer>" in text:
         return extract_answer(text)
@@ -64,13 +65,16 @@ def extract_agent_answer(text):
         return boxed.strip()
     stated = STATED.match(text) or LABELLED.match(text)
     answer = stated[1].strip(AROUND) if stated else ""
-    if is_visible(answer):
-        word = re.match(WORD.pattern + "[,;]", answer)  # no, because ...
-        if word:
-            return word[1]
-        option = OPTION.match(answer)
-        return f"({option[1]})" if option else without_unit(answer)
-    return commitment(text)
+    if not is_visible(answer):
+        return commitment(text, question)
+    answer = re.sub(r"^(?i:option|choice) (?=\(?[A-Z]\b)", "", answer)
+    word = re.match(WORD.pattern + r"[,;](?! or\b)", answer)  # no, because ...
+    if word:
+        return word[1]
+    option = OPTION.match(answer)
+    if not option or len(set(LETTER.findall(answer))) > 1:
+        return without_unit(answer)
+    return f"({option[1]})" if fits(option[1], answer, question) else None
 
 
 # the last of them, up to the end of the line or sentence, but not to the full stop in 3.5
@@ -84,35 +88,56 @@ STATED = re.compile(
     rf"(?: to [\w ]{{1,40}})? is\b(?! not\b)[\s:]*(.*?){END}"
 )
 LABELLED = re.compile(rf"(?is).*(?:\banswer\b[*_ ]*:|####)[*_\s]*(.*?){END}")
-OPTION = re.compile(r"\(?([A-Z])(?:\)\s+\w|, \w\w)")  # (E) 12/25/1937; A, Ana
+OPTION = re.compile(r"\(?([A-Z])(?:\)\s+\w|, (?!or\b)\w\w)")  # (E) 12/25/1937; A, Ana
 AROUND = " \t*_`,\"'“”‘’"
 # what a last line can commit to
-LETTER = re.compile(r"\(([A-Z])\)|^([A-Z])(?:[.):]|$)")
+LETTER = re.compile(
+    r"(?<=\()[A-Z](?=\))|^[A-Z](?=[.):]|$)"  # (B); B. Tuesday
+    r"|(?<=\b[Oo]ption )[A-Z]\b|\b[A-Z](?= is (?:the )?(?:correct|right|answer)\b)"
+)
 WORD = re.compile(r"(?i)\b(yes|no|true|false|valid|invalid)\b")
 FILLER = re.compile(r"(?i)(?:so )?this is the (?:\w+ )?answer\W*")
 NUMERAL = re.compile(r"(?a)-?\d[\d,]*(?:\.\d+)?%?(?![\w.])")
+NEGATED = re.compile(r"(?i)(?:\b(?:not|neither|cannot)|n['’]t)\b")
+OPPOSITE = {"true": "false", "false": "true", "valid": "invalid", "invalid": "valid"}
 
 
-def commitment(text):
+def commitment(text, question=""):
     """What the last line of a text without a stated answer commits to: one option, else one of the
-    usual words at its beginning or end, else the last number; None if that is none, or two."""
+    usual words at its beginning or end, else the last number; None if that is none, or two. "Not
+    valid" is invalid."""
     lines = []
     for line in text[-LONGEST_ANSWER:].splitlines():
         if is_visible(line) and not FILLER.fullmatch(line.strip()):
             lines.append(line)
     line = lines[-1].strip(" *_`.!") if lines else ""
-    letters = {inside or leading for inside, leading in LETTER.findall(line)}
+    negated = NEGATED.search(line)
+    letters = set(LETTER.findall(line))
     if letters:
-        return letters.pop() if len(letters) == 1 else None
-    words = {word.casefold() for word in WORD.findall(line)}
-    if len(words) > 1:
+        letter = letters.pop()
+        return letter if not letters and not negated and fits(letter, line, question) else None
+    if len({word.casefold() for word in WORD.findall(line)}) > 1:
         return None
-    word = re.match(WORD.pattern, line) or re.search(WORD.pattern + "$", line)
+    first = re.match(WORD.pattern, line)  # no, it does not
+    if first:
+        return first[0]
+    word = re.search(WORD.pattern + "$", line)
     word = word or re.search(r"(?i)\b(in)?valid\b", line)  # in prose too; a "no" there is no answer
     if word:
-        return word[0]
-    numbers = [] if re.search(r"n't\b|\bnot\b", line) else NUMERAL.findall(line)
-    return numbers[-1].rstrip(",") if numbers else None
+        negated = re.search(NEGATED.pattern + r" (?:\w+ ){0,2}$", line[: word.start()])
+        return OPPOSITE.get(word[0].casefold()) if negated else word[0]
+    numbers = NUMERAL.findall(line)
+    if not numbers or negated or re.search(r"\d or \W?\d", line):
+        return None
+    return numbers[-1].rstrip(",")
+
+
+def fits(letter, line, question):
+    """Unless the text that follows an option's letter is that of another option."""
+    after = re.split(rf"\b{letter}\b", line)[-1]
+    text = plain(one_line(after.strip(" ).:,*_")))
+    options = options_of(question)
+    return text not in options.values() or text == options.get(letter.casefold())
 
 
 def last_boxed(text):

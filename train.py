@@ -339,15 +339,14 @@ def judge_responses(cached, names, tasks, n):
     """The questions with the n responses of each agent, and which of these are right."""
     rows = []
     for task in tasks:
+        question = task["question"]
         responses = {}
         right = {}
         for name in names:
-            texts = cached[name, task["question"]]["responses"][:n]
-            answers = [extract_agent_answer(text) for text in texts]
+            texts = cached[name, question]["responses"][:n]
+            answers = [extract_agent_answer(text, question) for text in texts]
             responses[name] = texts
-            right[name] = [
-                is_correct(answer, task["answer"], task["question"]) for answer in answers
-            ]
+            right[name] = [is_correct(answer, task["answer"], question) for answer in answers]
         rows.append({**task, "responses": responses, "right": right})
     return rows
 

@@ -132,12 +132,36 @@ AGENTS = [
     ("It could be (A) or (B).", None),
     ("Is it true or false?", None),
     ("The number is not 8.", None),
+    ("18 or 20", None),
+    ("The correct answer is not (A).", None),
+    ("The answer is (B) or (A).", "(B) or (A)"),  # stated so, and wrong whatever the gold is
+    ("The answer is yes, or no.", "yes, or no"),
+    # negated: the opposite, or nothing
+    ("The argument is not deductively valid.", "invalid"),
+    ("It isn't valid.", "invalid"),
+    ("So the statement is not true.", "false"),
+    ("No, it is not the same.", "No"),
+    ("So this is not a yes", None),
+    ("If not, then true.", "true"),
+    # an option called so
+    ("Option B is correct.", "B"),
+    ("So B is the answer.", "B"),
+    ("The correct answer is option (B) Tuesday.", "(B)"),
+    ("Answer: option B", "B"),
 ]
 
 
 @pytest.mark.parametrize("text, answer", AGENTS)
 def test_extract_agent_answer(text, answer):
     assert extract_agent_answer(text) == answer
+
+
+@pytest.mark.parametrize("said", ["(B) {}", "B. {}", "The answer is (B) {}.", "Option B: {}"])
+def test_an_agents_option_with_the_text_of_another_contradicts_itself(said):
+    question = "Which day?\n(A) Monday\n(B) Tuesday"
+    assert is_correct(extract_agent_answer(said.format("Tuesday"), question), "(B)", question)
+    assert is_correct(extract_agent_answer(said.format("is it"), question), "(B)", question)
+    assert extract_agent_answer(said.format("Monday"), question) is None
 
 
 def test_a_real_models_answers_are_read_as_a_person_reads_them():
