@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -118,13 +117,14 @@ def render(tokenizer, messages, **settings):
         text = tokenizer.apply_chat_template(messages, **settings)
         if system.strip() in text or WITHOUT_SYSTEM in template:
             return text
-    except TemplateError:
+    except Exception:  # a template is a program: it can fail in any way
         pass
     try:
         return tokenizer.apply_chat_template(merged(messages), **settings)
-    except TemplateError as error:
-        problem = f"the chat template of {tokenizer.name_or_path} refuses our prompts: {error}"
-        raise ValueError(f"{problem}: use another model") from error
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        problem = f"the chat template of {tokenizer.name_or_path} refuses our prompts: {reason}"
+        raise ValueError(f"{problem}: use other --chat_template_kwargs or another model") from error
 
 
 WITHOUT_SYSTEM = "no system message, on purpose"  # in a template: its model knows no instructions

@@ -21,6 +21,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import datasets
+import pandas
+import pyarrow.parquet
 
 import tiny
 from rewards import last_boxed
@@ -195,14 +197,19 @@ def read_json(path):
     return records if isinstance(records, list) else [records]
 
 
-def read_table(path):
-    """The records of a .csv or .parquet file."""
-    kind = path.suffix.removeprefix(".")
-    table = datasets.load_dataset(kind, data_files=str(path), split="train")
-    return table.to_list()
+def read_csv(path):
+    """The records, all of them text: 007 is not 7, and None may be an answer. Empty is None."""
+    records = []
+    for row in pandas.read_csv(path, dtype=str, keep_default_na=False).to_dict("records"):
+        records.append({name: value or None for name, value in row.items()})
+    return records
 
 
-READERS = {".json": read_json, ".jsonl": read_json, ".csv": read_table, ".parquet": read_table}
+def read_parquet(path):
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
+READERS = {".json": read_json, ".jsonl": read_json, ".csv": read_csv, ".parquet": read_parquet}
 
 
 def to_row(record, task, their_columns):

@@ -363,8 +363,11 @@ def readable(leader, team, tasks, config):
         prompts.append(agents.leader_messages(task["question"], [""] * quoted, names))
     more_tokens = (quoted + 1) * config["max_new_tokens"]  # the quoted texts and one's own
     problems = {}  # index of a task: what is wrong with it
+    refines = max(config["rounds"], config["train_rounds"]) > 1
     for model in (leader, *team):
         if hasattr(model, "tokenizer"):  # others, such as a server, say it themselves
+            if refines and model is not leader:  # not every template has turns of an assistant
+                agents.encode(model.tokenizer, agents.agent_messages("", "", ""))
             for index, need in agents.check_prompts(model, prompts, more_tokens).items():
                 room = agents.room_of(model)
                 problems.setdefault(index, f"{model.name} reads {room} tokens, not {need}")

@@ -135,7 +135,7 @@ def test_columns_may_change_places(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_tables_are_read_like_lines(tmp_path, kind):
+def test_tables_are_read_like_lines(tmp_path, kind, capsys):
     rows = [{"question": f'a "quoted", {i}', "answer": str(i), "type": "t"} for i in range(3)]
     path = tmp_path / f"x.{kind}"
     getattr(datasets.Dataset.from_list(rows), f"to_{kind}")(str(path))
@@ -144,10 +144,20 @@ def test_tables_are_read_like_lines(tmp_path, kind):
         tuple(row.values()) for row in rows
     ]
     assert len(load_tasks(str(tmp_path), "all")) == 3  # as one file of a folder
+    capsys.readouterr()
     message = error(str(path), "all", question_column="nope")
     assert "no text in nope; the columns are ['question'," in message
     path.write_bytes(b"")
     assert "cannot load" in error(str(path), "all")
+    assert capsys.readouterr() == ("", "")  # the error is all that is said
+
+
+def test_a_table_of_text_stays_as_it_is_written(tmp_path):
+    answers = ["007", "1.50", "1e3", "12345678901234567890", "NA", "None", "true", "2024-01-02", ""]
+    path = tmp_path / "x.csv"
+    path.write_text("question,answer\n" + "".join(f"of {a}?,{a}\n" for a in answers))
+    found = load_tasks(str(path), "all")["answer"]
+    assert sorted(found) == sorted(answers[:-1])
 
 
 def test_more_than_ten_choices_are_all_shown(tmp_path):

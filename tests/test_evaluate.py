@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import command
+from jinja2 import TemplateError
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 import agents
@@ -132,7 +133,8 @@ def write_jsonl(path, rows):
 CONFIG = {
     "leader": "base", "agents": ["x/a", "b", "c"], "seed": 3, "device": "cpu",
     "max_new_tokens": 8, "temperature": 0.7, "eval_questions": 10, "rounds": 3, "questions": 5,
-    "sft_steps": 1, "steps": 2, "proposals": "", "out": "somewhere", "tokens_per_batch": 100,
+    "train_rounds": 1, "sft_steps": 1, "steps": 2, "proposals": "", "out": "somewhere",
+    "tokens_per_batch": 100,
 }  # fmt: skip
 
 
@@ -904,14 +906,32 @@ def test_questions_that_are_too_long_are_left_out_aloud(run, capsys):
     leader, team = run.cast["base"], [run.cast["b"], run.cast["c"]]
     run.cast["c"].model.config.max_position_embeddings = prompt + more
     tasks = [{"question": "q1"}, {"question": "q2 with many words more"}, {"question": "q3"}]
-    config = {"max_new_tokens": CONFIG["max_new_tokens"]}
-    assert evaluate.readable(leader, team, tasks, config) == [tasks[0], tasks[2]]
+    assert evaluate.readable(leader, team, tasks, CONFIG) == [tasks[0], tasks[2]]
     said = capsys.readouterr().out.splitlines()
     assert said[-1].startswith("1 of 3 questions are too long and left out: question 2, 'q2 with")
     with pytest.raises(
         ValueError, match="every question is too long, train with a lower --max_new_tokens"
     ):
-        evaluate.readable(leader, team, tasks[1:2], config)
+        evaluate.readable(leader, team, tasks[1:2], CONFIG)
+
+
+class WithoutAssistant(FakeTokenizer):
+    """Its template has no turn of an assistant."""
+
+    def apply_chat_template(self, messages, **options):
+        if any(message["role"] == "assistant" for message in messages):
+            raise TemplateError("only user turns")
+        return super().apply_chat_template(messages, **options)
+
+
+def test_an_agent_that_cannot_refine_is_found_before_anyone_speaks(run):
+    """Otherwise it fails in the second round, after all training."""
+    run.cast["c"].tokenizer = WithoutAssistant(())
+    with pytest.raises(ValueError, match="refuses our prompts: TemplateError: only user turns"):
+        evaluate.measure(run.path)
+    assert not run.cast["c"].prompts
+    once = {**CONFIG, "rounds": 1}
+    assert evaluate.readable(run.cast["base"], [run.cast["c"]], [{"question": "q1"}], once)
 
 
 def test_an_agent_without_a_tokenizer_is_not_checked(run):

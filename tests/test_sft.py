@@ -160,9 +160,19 @@ def test_settings_of_templates_that_are_no_json_object(text):
         train.parse(["--chat_template_kwargs", text])
 
 
-def test_a_template_that_refuses_everything_is_one_line(tokenizer):
-    tokenizer.chat_template = "{{ raise_exception('never') }}"
-    with pytest.raises(ValueError, match="refuses our prompts: never: use another model"):
+@pytest.mark.parametrize(
+    "template, settings, reason",
+    [
+        ("{{ raise_exception('never\nat all') }}", {}, "TemplateError: never at all"),
+        ("{{ 1 + messages[0].content }}", {}, "TypeError: .*"),
+        ("{{ messages[0].content }}", {"conversation": 1}, "TypeError: .*"),
+    ],
+)
+def test_a_template_that_fails_in_any_way_is_one_line(tokenizer, template, settings, reason):
+    tokenizer.chat_template = template
+    tokenizer.template_settings = settings
+    wanted = f"refuses our prompts: {reason}: use other --chat_template_kwargs or another model$"
+    with pytest.raises(ValueError, match=wanted):
         agents.encode(tokenizer, agents.leader_messages("How many?"))
 
 
