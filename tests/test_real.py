@@ -73,8 +73,9 @@ def test_three_steps_of_mlpo_from_the_command(tmp_path):
             question = f"What is {first} times {second}?"
             rows.append({"question": question, "answer": str(first * second)})
     runs.write_jsonl(path, rows)
-    words = "--questions 4 --validation_questions 2 --samples 2 --sft_steps 0 --steps 3 --rounds 1"
-    words += " --questions_per_step 2 --group_size 2 --max_new_tokens 24 --eval_questions 2"
+    words = "--questions 4 --validation_questions 2 --samples 2 --rounds 1 --eval_questions 2"
+    words += " --sft_steps 10 --sft_batch 4 --sft_lr 5e-5 --steps 3 --warmup 0"
+    words += " --questions_per_step 2 --group_size 4 --max_new_tokens 30"
     models = ("--leader", FOLDER, "--agents", FOLDER, FOLDER)
     done = command(
         "train.py", *words.split(), *models, "--dataset", path, "--out", tmp_path / "run"
@@ -82,4 +83,6 @@ def test_three_steps_of_mlpo_from_the_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "mlpo leader, team, T=1" in done.stdout
     metrics = runs.read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    assert len([row for row in metrics if row["phase"] == "mlpo"]) == 3
+    steps = [row for row in metrics if row["phase"] == "mlpo"]
+    assert len(steps) == 3
+    assert max(row["grad_norm"] for row in steps) > 0  # not all groups were flat: it has learned
