@@ -43,7 +43,7 @@ from rewards import extract_agent_answer, extract_answer, is_correct
 from train import gradient_step, learning_rate
 
 SEEDS = range(10, 15)  # fresh: 0 to 4 were used to choose the defaults
-QUESTIONS_SEED = 1  # of the test questions, likewise
+QUESTIONS_SEED = 2  # of the test questions: drawn when all was chosen, agents included
 SAMPLES = 14  # first responses of each agent to each question
 LONGEST = 120  # new tokens
 TEAM = ["tiny/agent1", "tiny/agent2", "tiny/agent3"]
@@ -57,7 +57,8 @@ VARIANTS = {
     "mlpo_only": ("tiny", ""),
     "grpo_sft": ("sft", GRPO),
     "grpo": ("tiny", GRPO),
-    "grpo_tokens": ("tiny", GRPO),  # as many steps as make its tokens mlpo_only's
+    "grpo_tokens": ("tiny", GRPO),
+    "grpo_sft_tokens": ("sft", GRPO),
     "paper": ("tiny", "--paper"),
     # the parts of the method, one changed at a time
     "sft30": ("own", "--sft_steps 30 --steps 0"),
@@ -68,6 +69,8 @@ VARIANTS = {
     "easy1": ("tiny", "--easy_share 1"),
     "scaled": ("tiny", "--scale_rewards"),
     "kl": ("tiny", "--kl_coef 0.05"),
+    "updates4": ("tiny", "--updates 4"),
+    "grpo_updates4": ("tiny", "--agents none --lr 2e-4 --updates 4"),  # the best of four rates
     "dropout0": ("tiny", "--team_dropout 0"),
     "fixed_order": ("tiny", "--no_random_order"),
     "random_team": ("tiny", "--random_team"),
@@ -81,11 +84,26 @@ VARIANTS = {
     "often_grpo": ("{work}/often", GRPO),
     "half": ("{work}/half", ""),
 }
+# these have as many steps as make their tokens those of another variant
+EQUAL_TOKENS = {
+    "grpo_tokens": "mlpo_only",
+    "grpo_sft_tokens": "mlpo",
+    "sometimes_grpo": "sometimes_mlpo",
+    "often_grpo": "often_mlpo",
+}
 OWN_PROPOSALS = ("sft", "same")  # all others have those of the seed's `sft`
-LEADERS = {"sometimes": 0.7, "often": 0.4}  # make.ALONE of each; the built-in leader's is larger
+LEADERS = {"sometimes": 0.55, "often": 0.4}  # make.ALONE of each; the built-in leader's is larger
 OFFICIALLY = ("untrained", "sft", "mlpo", "grpo")  # these are asked the official files
-# other agents: which misconception of each task, in the tasks' order, each holds
-MORE_AGENTS = {"agent4": [1, 2, 0, 0], "agent5": [2, 0, 1, 1], "agent6": [0, 1, 2, 2]}
+# other agents: which misconception of each task, in the tasks' order, each holds. The last three
+# are convinced by the leader always, wherever they are wrong
+MORE_AGENTS = {
+    "agent4": [1, 2, 0, 0],
+    "agent5": [2, 0, 1, 1],
+    "agent6": [0, 1, 2, 2],
+    "trusting1": [0, 0, 0, 0],
+    "trusting2": [1, 1, 1, 1],
+    "trusting3": [2, 2, 2, 2],
+}
 
 
 def plan(args):
@@ -111,9 +129,11 @@ def plan(args):
         each(seeds, ("look", "grpo_sft", brief)),
         each(seeds, ("pick", "picker", "three"), ("debate", "three"), ("look", "paper", brief)),
         each(seeds, ("look", "grpo_tokens", brief), ("self_consistency", "mlpo")),
+        each(seeds, ("look", "grpo_sft_tokens", brief)),
         [("make_agent", name) for name in MORE_AGENTS],
         [("say", "tiny", name) for name in others],
         each(seeds, ("look", "mlpo", other_teams), ("look", "mlpo_only", other_teams)),
+        each(seeds, ("debate", "trusting"), ("look", "mlpo", "trusting:3")),
     ]
     if args.bbh:
         official = "bbh/alone bbh/three:1"
@@ -124,8 +144,9 @@ def plan(args):
         ]
     parts += [
         [("make_leader", name) for name in LEADERS],
-        each(few, ("look", "sometimes_mlpo", brief), ("look", "sometimes_grpo", brief)),
-        each(few, ("look", "often_mlpo", brief), ("look", "often_grpo", brief)),
+        each(few, ("look", "sometimes_mlpo", brief), ("look", "often_mlpo", brief)),
+        each(few, ("look", "sometimes_grpo", brief), ("look", "often_grpo", brief)),
+        each(few, ("look", "updates4", brief), ("look", "grpo_updates4", brief)),
         each(few, ("look", "sft30", brief), ("look", "sft120", brief)),
         each(few, ("look", "sft30_mlpo", brief), ("look", "sft120_mlpo", brief)),
         each(few, ("baselines", "unseen", "tiny"), ("look", "random_team", f"{brief} unseen:1")),
@@ -259,14 +280,15 @@ def words_of(args, variant, seed):
 
 
 def steps_of(args, variant, seed):
-    if variant != "grpo_tokens":
+    """--steps; where tokens shall be equal, as many steps of GRPO as cost them."""
+    if variant not in EQUAL_TOKENS:
         return args.steps
-    spent = tokens_of_training(f"{args.work}/mlpo_only-{seed}")
+    spent = tokens_of_training(f"{args.work}/{EQUAL_TOKENS[variant]}-{seed}")
     return round(args.steps * spent / tokens_of_training(f"{args.work}/grpo-{seed}"))
 
 
 def tokens_of_training(run):
-    """All that was read and written in MLPO or GRPO."""
+    """All that was read and written in MLPO or GRPO; the proposals are not of it."""
     steps = [row for row in runs.read_jsonl(Path(run) / "metrics.jsonl") if row["phase"] == "mlpo"]
     return sum(row["tokens"] for row in steps)
 
@@ -289,6 +311,7 @@ def make_agent(args, name):
     work = Path(args.work) / "making"
     work.mkdir(exist_ok=True)
     make.BELIEFS[name] = dict(zip(tiny.TASKS, MORE_AGENTS[name]))
+    make.CONVINCED = 1.0 if name.startswith("trusting") else 0.5
     make.study(name, agent.model, agent.tokenizer, work, min(500, 5 * args.steps), decay=0.6)
     runs.save_model(Path(args.work) / name, agent)
 
@@ -354,10 +377,13 @@ def said_path(args, which, name):
 
 def team_of(args, team):
     """`three`, the built-in agents; `finals`, their answers only; `shuffled`, in an order that
-    changes from question to question; `same`, one of them three times; `unseen`; `K1` to `K6`."""
+    changes from question to question; `same`, one of them three times; `unseen` and `trusting`,
+    other agents; `K1` to `K6`."""
     everybody = [*TEAM, *(f"{args.work}/{name}" for name in MORE_AGENTS)]
     if team == "unseen":
-        return everybody[3:]
+        return everybody[3:6]
+    if team == "trusting":
+        return everybody[6:]
     if team == "same":
         return [everybody[0]] * 3
     if team.startswith("K"):
@@ -468,7 +494,7 @@ def baselines(args, team, which, seed):
         said = [responses[j : j + 1] for responses in first]
         right = score("agent", tasks, said)
         rows.append(new_row(team, seed, f"{prefix}agent {j + 1}", said, right))
-    for n in (k, 20, 40):
+    for n in (k, 20, 40) if which == "tiny" else (k,):
         said = first_responses(args, team, which, seed, n)
         right = score("majority", tasks, said)
         rows.append(new_row(team, seed, f"{prefix}majority of {n}", said, right, prompts_read=k))
@@ -538,7 +564,7 @@ def train_to_pick(args, variant, seed, batch=16, lr=5e-4):
     return leader
 
 
-def debate(args, team, seed, rounds=2):
+def debate(args, team, seed, rounds=3):
     """No leader: each agent refines, given the next one's response as advice, in the form in which
     it knows the leader's; then a vote."""
     speakers = [agents.load_model(name) for name in team_of(args, team)]

@@ -1,7 +1,6 @@
 """RESULTS.md and its pictures, from the rows of evidence.jsonl: see evidence.py."""
 
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ LABELS = {
     "grpo": "GRPO, no SFT",
     "grpo_tokens": "GRPO, no SFT, as many tokens as MLPO",
     "grpo_sft": "SFT + GRPO",
+    "grpo_sft_tokens": "SFT + GRPO, as many tokens as MLPO",
     "paper": "MLPO, never alone (--paper)",
     "sft30": "30 steps of SFT",
     "sft30_mlpo": "30 steps of SFT + MLPO",
@@ -27,6 +27,8 @@ LABELS = {
     "easy1": "MLPO, no question dropped",
     "scaled": "MLPO, advantages / std",
     "kl": "MLPO, with a KL term",
+    "updates4": "MLPO, 4 updates a batch",
+    "grpo_updates4": "GRPO, 4 updates a batch",
     "dropout0": "MLPO, always with the team",
     "fixed_order": "MLPO, responses in the team's order",
     "random_team": "MLPO, random teams",
@@ -43,6 +45,7 @@ TEAMS = {
     "three": "its team",
     "shuffled": "shuffled seats",
     "unseen": "a team it never saw",
+    "trusting": "agents always convinced",
     "same": "agent1 three times",
     "finals": "final answers only",
 }
@@ -50,8 +53,8 @@ NOTE = """Shares of right answers in %, differences (*d*) in points. `±` is hal
 in which both seeds and questions vary: the variance is that of the seeds' means / seeds + that of
 the questions' means / questions, which counts the rest twice and so errs on the careful side; p is
 that of a paired t-test with it (degrees of freedom after Satterthwaite), without a correction for
-the number of tests. Tokens: those read and written for an answer. Neither these questions nor these
-seeds were used to choose anything."""
+the number of tests. Tokens: those read and written for an answer. Nothing was chosen on these
+questions, nor on leaders of these seeds. The commands are in the rows of `evidence.jsonl`."""
 
 
 # ------------------------------------------------------------------------------------- statistics
@@ -153,7 +156,8 @@ def compared_lines(rows, ones, versus, mask=None):
     lines = []
     for label, one in ones:
         if bits(rows, *one):
-            line = [label, len(bits(rows, *one)), tokens_of(rows, one)]
+            tokens = tokens_of(rows, one) if mask is None else ""  # they are of all questions
+            line = [label, len(bits(rows, *one)), tokens]
             lines.append([*line, share(rows, one, mask), difference(rows, one, versus, mask)])
     return lines if len(lines) > 1 else []
 
@@ -200,12 +204,15 @@ CLAIMS = [
     ("with the team, over a leader trained only to pick", TEAM, ("picker", "three:1")),
     ("with the team, over a debate of one round", TEAM, ("three", "debate:1")),
     ("with the team, over a debate of two rounds", TEAM, ("three", "debate:2")),
+    ("with the team, over a debate of three rounds", TEAM, ("three", "debate:3")),
     ("T = 2, over a debate of two rounds", ("mlpo", "three:2"), ("three", "debate:2")),
     ("with the team, over GRPO's leader with it", TEAM, ("grpo", "three:1")),
     ("with the team, over SFT + GRPO's leader with it", TEAM, ("grpo_sft", "three:1")),
     ("alone: MLPO over GRPO, equal steps", ("mlpo_only", "alone"), ("grpo", "alone")),
     ("alone: MLPO over GRPO, equal tokens", ("mlpo_only", "alone"), ("grpo_tokens", "alone")),
     ("alone: SFT + MLPO over SFT + GRPO", ("mlpo", "alone"), ("grpo_sft", "alone")),
+    ("the same, equal tokens", ("mlpo", "alone"), ("grpo_sft_tokens", "alone")),
+    ("alone, both with 4 updates a batch", ("updates4", "alone"), ("grpo_updates4", "alone")),
     ("alone, by --paper, over untrained", ("paper", "alone"), ("untrained", "alone")),
     ("T = 3 over T = 1", ("mlpo", "three:3"), TEAM),
     ("T = 5 over T = 1", ("mlpo", "three:5"), TEAM),
@@ -224,7 +231,8 @@ def claims(rows):
     told = share(rows, TEAM, nobody_right(rows))
     if told:
         lines.append(["with the team, right where no agent is", len(bits(rows, *TEAM)), told])
-    return table(["claim", "seeds", "measured"], lines)
+    text = table(["claim", "seeds", "measured"], lines)
+    return text + picture(lines, "each claim with its interval", "claims")
 
 
 def nobody_right(rows):
@@ -236,14 +244,14 @@ def parts(rows):
     """What each phase adds; *d* to SFT + MLPO. `SFT` has 10 steps: 0, 30 and 120 are its sweep."""
     names = ("untrained", "sft", "sft30", "sft120")
     names += ("mlpo_only", "mlpo", "sft30_mlpo", "sft120_mlpo")
-    names += ("grpo", "grpo_tokens", "grpo_sft", "paper")
+    names += ("grpo", "grpo_tokens", "grpo_sft", "grpo_sft_tokens", "paper")
     text = leaders(rows, names, "mlpo")
     return text + picture(text, "what each phase adds", "parts")
 
 
 def baselines(rows):
     """All of it on the same questions and first responses; *d* to SFT + MLPO with its team, T=1."""
-    modes = [*AGENTS, "majority of 20", "majority of 40", "debate:1", "debate:2"]
+    modes = [*AGENTS, "majority of 20", "majority of 40", "debate:1", "debate:2", "debate:3"]
     ones = [(mode, ("three", mode)) for mode in modes]
     ones += [("a leader trained only to pick", ("picker", "three:1"))]
     ones += [("GRPO's leader, with the team", ("grpo", "three:1"))]
@@ -257,17 +265,24 @@ def baselines(rows):
     of_these = compared(rows, ones, TEAM, mask=nobody_right(rows))
     if of_these:
         text += f"Only the questions on which no agent is right:\n\n{of_these}"
+    ones = [(f"debate:{t}", ("trusting", f"debate:{t}")) for t in (1, 2, 3)]
+    ones += [(f"SFT + MLPO, with them, T={t}", ("mlpo", f"trusting:{t}")) for t in (1, 2, 3)]
+    of_trusting = compared(rows, ones, ("mlpo", "trusting:1"))
+    if of_trusting:
+        text += f"{TRUSTING}\n\n{of_trusting}"
     return text + picture(text, "by the number of agents that are right", "wrong")
 
 
+TRUSTING = """Agents that another's step convinces always, and only where they are wrong themselves
+(ours: half of the time). Such agents know where they err, and need no leader:"""
 AGENTS = ("agent 1", "agent 2", "agent 3", "majority of 3", "any")
 
 
 def when(rows):
     """A team helps where the leader seldom finds the right way alone. Three leaders, that follow
-    each misconception alone with a probability of 0.9, 0.7 and 0.4, and two trainings of each,
-    without SFT. Before: how often it is right on the validation questions, untrained. *d*: MLPO
-    over GRPO, both alone."""
+    each misconception alone with a probability of 0.9, 0.55 and 0.4, and two trainings of each,
+    without SFT, of equal tokens. Before: how often it is right on the validation questions,
+    untrained. *d*: MLPO over GRPO, both alone."""
     lines = []
     for how_often, (mlpo, grpo) in BEGINNERS.items():
         told = difference(rows, (mlpo, "alone"), (grpo, "alone"))
@@ -284,7 +299,7 @@ def when(rows):
 
 
 BEGINNERS = {  # how often a leader is right alone before training: (its MLPO, its GRPO)
-    "seldom": ("mlpo_only", "grpo"),
+    "seldom": ("mlpo_only", "grpo_tokens"),
     "sometimes": ("sometimes_mlpo", "sometimes_grpo"),
     "often": ("often_mlpo", "often_grpo"),
 }
@@ -302,8 +317,9 @@ def before_training(rows, name):
 
 def settings(rows):
     """One change at a time; *d* to MLPO without SFT."""
-    names = ("mlpo_only", "easy0", "easy1", "scaled", "kl", "dropout0", "fixed_order")
-    return leaders(rows, (*names, "random_team", "rounds", "half"), "mlpo_only")
+    names = ("mlpo_only", "easy0", "easy1", "scaled", "kl", "updates4", "grpo_updates4")
+    names += ("dropout0", "fixed_order", "random_team", "rounds", "half")
+    return leaders(rows, names, "mlpo_only")
 
 
 def teams(rows):
@@ -344,21 +360,6 @@ def official(rows):
     return compared(rows, ones, ("mlpo", "bbh/three:1"))
 
 
-def commands(rows):
-    """What was added to `train.py`, besides seed, folders and numbers of questions. S: the seed."""
-    added = {}
-    for row in rows:
-        if row["command"].startswith("train.py"):
-            usual = "seed|out|questions|eval_questions"
-            text = re.sub(rf" --({usual}) \S+| --proposals \S*/sft-\S+", "", row["command"])
-            text = re.sub(r"\S*runs/evidence/", "", text)  # wherever --out was
-            text = re.sub(r"(\w+)-\d+(?=/|\.jsonl)", r"\1-S", text)
-            if row["variant"] == "grpo_tokens":  # each seed has a number of its own
-                text = re.sub(r"--steps \d+", "--steps N", text)
-            added[LABELS[row["variant"]]] = f"`{text.removeprefix('train.py ')}`"
-    return table(["leader", "command"], added.items())
-
-
 SECTIONS = {
     "1. Claims": claims,
     "2. Parts": parts,
@@ -368,7 +369,6 @@ SECTIONS = {
     "6. Teams": teams,
     "7. Rounds": rounds,
     "8. Official files": official,
-    "9. Commands": commands,
 }
 
 
@@ -396,6 +396,7 @@ def report(rows, out):
     page.append("")
     runs.write_text(Path(out) / "RESULTS.md", "\n".join(page))
     pictures = {
+        "1. Claims": ("claims", draw_claims),
         "2. Parts": ("parts", draw_parts),
         "3. Baselines": ("wrong", draw_wrong),
         "4. When does a team help?": ("when", draw_when),
@@ -405,7 +406,7 @@ def report(rows, out):
         path = Path(out) / "benchmarks" / f"evidence_{name}.png"
         path.unlink(missing_ok=True)
         if heading not in missing:
-            figure = Figure(figsize=(10 if name == "when" else 7, 4), layout="constrained")
+            figure = Figure(figsize=(13 if name == "when" else 8, 4), layout="constrained")
             draw(rows, figure)
             figure.savefig(path, dpi=110)
 
@@ -432,10 +433,33 @@ def finish(axis, **labels):
         axis.legend(fontsize="small")
 
 
+def draw_claims(rows, figure):
+    """Each claim's difference with its interval."""
+    axis = figure.subplots()
+    for text, one, other in reversed(CLAIMS):
+        values = matrix(rows, one, other)
+        if values.size:
+            mean, half, _ = estimate(values)
+            axis.errorbar(100 * mean, text, xerr=100 * half, fmt="o", color="tab:blue", capsize=2)
+    axis.axvline(0, color="gray", linewidth=0.8)
+    axis.set_xlabel("difference in points")
+    axis.tick_params(axis="y", labelsize="small")
+
+
 def draw_parts(rows, figure):
     """The parts of the method, alone and with the team."""
     axis = figure.subplots()
-    names = ("untrained", "sft", "mlpo_only", "mlpo", "grpo", "grpo_sft", "paper")
+    names = (
+        "untrained",
+        "sft",
+        "sft30",
+        "sft120",
+        "mlpo_only",
+        "mlpo",
+        "grpo",
+        "grpo_sft",
+        "paper",
+    )
     names = [name for name in names if bits(rows, name, "three:1")]
     for shift, mode in ((-0.2, "alone"), (0.2, "three:1")):
         measured = [(i, matrix(rows, (name, mode))) for i, name in enumerate(names)]
@@ -460,20 +484,28 @@ def draw_wrong(rows, figure):
         line(axis, rows, [(name, "three:1")] * 4, range(4), f"{LABELS[name]}, team", masks)
     line(axis, rows, [("mlpo", "alone")] * 4, range(4), f"{LABELS['mlpo']}, alone", masks)
     line(axis, rows, [("three", "majority of 3")] * 4, range(4), "majority of 3", masks)
-    finish(axis, xlabel="agents that are right", xticks=range(4))
+    finish(axis, xlabel="agents that are right", xticks=range(4), ylim=(0, 102))
 
 
 def draw_when(rows, figure):
-    """Validation questions over training steps: MLPO and GRPO from three leaders."""
+    """Validation questions over training steps: MLPO and GRPO from three leaders; and what MLPO
+    gains over GRPO on the test questions, over how often the leader was right before."""
     measured = [name for name, (_, grpo) in BEGINNERS.items() if bits(rows, grpo, "alone")]
-    [axes] = figure.subplots(1, len(measured), sharey=True, squeeze=False)
+    [axes] = figure.subplots(1, len(measured) + 1, squeeze=False)
+    gains = axes[-1]
     for axis, how_often in zip(axes, measured):
         mlpo, grpo = BEGINNERS[how_often]
+        mean, half, _ = estimate(matrix(rows, (mlpo, "alone"), (grpo, "alone")))
+        before = float(before_training(rows, grpo))
+        gains.errorbar(before, 100 * mean, 100 * half, fmt="o", color="tab:blue", capsize=2)
         for who, style in (("team", "--"), ("alone", "-")):
             draw_curve(axis, rows, (mlpo, f"curve {who}"), style, "tab:orange", f"MLPO, {who}")
         draw_curve(axis, rows, (grpo, "curve alone"), "-", "tab:blue", "GRPO, alone")
         axis.set_title(f"alone {how_often} right")
-        finish(axis, xlabel="steps")
+        finish(axis, xlabel="steps", ylim=(0, 102))
+    gains.axhline(0, color="gray", linewidth=0.8)
+    gains.set(title="MLPO over GRPO, alone", ylabel="points")
+    gains.set_xlabel("right alone before training, %")
 
 
 def draw_curve(axis, rows, one, style, color, label):
