@@ -1,5 +1,6 @@
 import random
 import re
+from statistics import fmean
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from conftest import SHARED
 from transformers import AutoTokenizer
 
 import agents
+import evaluate
 import tiny
 from data import load_tasks
 from rewards import extract_agent_answer, is_correct
@@ -183,6 +185,30 @@ def test_shipped_agents_refine_as_is_said(who):
     told_apart = [a == c for a, c in zip(answers, convinced) if c]
     assert 0.25 < sum(told_apart) / len(told_apart) < 0.75
     assert sum(a in both for a, both in zip(answers, accepted)) > 0.8 * len(answers)
+
+
+def test_the_shipped_team_leaves_room_above_it():
+    """Each agent has few answers right, a vote no more; the leader has learned to read them, and
+    not whom to believe."""
+    torch.manual_seed(0)
+    tasks = tiny.puzzles("test", 100)
+    questions = [task["question"] for task in tasks]
+    team = agents.load_team([f"tiny/{name}" for name in make.BELIEFS])
+    leader = agents.load_model("tiny")
+    history = agents.deliberate(leader, team, questions, 1, max_new_tokens=120)
+
+    def share(who, of_tasks):
+        return fmean(evaluate.is_right(who, *pair) for pair in zip(tasks, of_tasks))
+
+    responses = [first.responses for [first] in history]
+    for k in range(3):
+        assert 0.1 <= share("agent", [[of_task[k]] for of_task in responses]) <= 0.4, k
+    assert share("majority", responses) <= 0.4
+    assert 0.25 <= share("any_right", responses) <= 0.6
+    prompts = [agents.leader_messages(question) for question in questions]
+    alone = share("leader", leader.answer(prompts, 1, 0, 120))
+    assert alone < 0.3
+    assert alone + 0.15 < share("leader", [[first.output] for [first] in history]) < 0.7
 
 
 def test_making_the_models_goes_on_where_it_was_stopped(tmp_path, tokenizer):
