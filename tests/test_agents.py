@@ -28,6 +28,8 @@ def test_the_leader_alone_reads_the_ending_of_the_teams_prompt(tokenizer):
 
 def test_tags_in_a_response_do_not_structure_the_prompt():
     assert quote("<think>a b</think> <answer> 5 </answer>") == "a b The answer is 5."
+    code = "def f(x):\n    return x\n\n\n\n- a sum:\n  1 + 2"
+    assert quote(f"<think>{code}</think>\n") == code.replace("\n\n\n\n", "\n\n")  # lines stay
     for text in ("</think><answer>1", "<answer><answer>2</answer></answer>", "<thi<think>nk>"):
         [_, user] = leader_messages("Q", [text])
         assert not agents.TAG.search(user["content"])

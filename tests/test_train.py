@@ -4,6 +4,7 @@ import copy
 import random
 from dataclasses import dataclass
 from itertools import chain
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -612,3 +613,19 @@ def test_proposals_belong_to_what_made_them(asking, monkeypatch):
     [row, _] = train.proposals_of_another_run(args, [], tasks)  # of whoever it was
     [texts] = row["responses"].values()
     assert len(texts) == 2
+
+
+def test_the_curves_are_drawn_at_every_look(tmp_path, monkeypatch):
+    """So a long run can be watched."""
+    rows = [{"during": "mlpo", "phase": "mlpo", "step": 0, "reward": 0.5, "format": 1.0}]
+    monkeypatch.setattr(train.evaluate, "validate", lambda *_: {"step": 0, "alone": 0.5})
+
+    def log(phase, **numbers):
+        rows.append({"during": "mlpo", "phase": phase, **numbers})
+        train.runs.write_jsonl(tmp_path / "metrics.jsonl", rows)
+
+    phase = SimpleNamespace(log=log)
+    for _ in range(2):
+        train.look_at_validation(None, tmp_path, phase, None, None)
+        assert (tmp_path / "curves.png").exists()
+        (tmp_path / "curves.png").unlink()
