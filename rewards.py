@@ -98,38 +98,51 @@ LETTER = re.compile(
 WORD = re.compile(r"(?i)\b(yes|no|true|false|valid|invalid)\b")
 FILLER = re.compile(r"(?i)(?:so )?this is the (?:\w+ )?answer\W*")
 NUMERAL = re.compile(r"(?a)-?\d[\d,]*(?:\.\d+)?%?(?![\w.])")
-NEGATED = re.compile(r"(?i)(?:\b(?:not|neither|cannot)|n['’]t)\b")
+NEGATED = re.compile(r"(?i)(?:\b(?:not|neither|cannot)|n['’]t) (?:\w+ ){0,2}\(?$")  # up to the word
 OPPOSITE = {"true": "false", "false": "true", "valid": "invalid", "invalid": "valid"}
 
 
 def commitment(text, question=""):
-    """What the last line of a text without a stated answer commits to: one option, else one of the
-    usual words at its beginning or end, else the last number; None if that is none, or two. "Not
-    valid" is invalid."""
+    """What the last line of a text without a stated answer commits to; if it says nothing, what the
+    first line is, where that is an option or a word: `Yes`, and then why. None if that is nothing,
+    or two things."""
     lines = []
     for line in text[-LONGEST_ANSWER:].splitlines():
         if is_visible(line) and not FILLER.fullmatch(line.strip()):
-            lines.append(line)
-    line = lines[-1].strip(" *_`.!") if lines else ""
-    negated = NEGATED.search(line)
-    letters = set(LETTER.findall(line))
-    if letters:
-        letter = letters.pop()
-        return letter if not letters and not negated and fits(letter, line, question) else None
-    if len({word.casefold() for word in WORD.findall(line)}) > 1:
+            lines.append(line.strip(" *_`.!$"))
+    if not lines:
         return None
+    found = commitments(lines[-1], question)
+    if not found and (re.match(r"\(?[A-Z]\) ", lines[0]) or WORD.fullmatch(lines[0])):
+        found = commitments(lines[0], question)
+    return found[0] if len(found) == 1 else None
+
+
+def commitments(line, question):
+    """All that a line could mean as an answer: options, else one of the usual words at its
+    beginning or end, else the last number. "Not valid" is invalid."""
+    letters = set()
+    for letter in LETTER.finditer(line):
+        if not NEGATED.search(line[: letter.start()]):
+            letters.add(letter[0])
+    if letters:
+        return [letter for letter in letters if fits(letter, line, question)]
+    words = {word.casefold() for word in WORD.findall(line)}
+    if len(words) > 1:
+        return sorted(words)
     first = re.match(WORD.pattern, line)  # no, it does not
     if first:
-        return first[0]
+        return [first[0]]
     word = re.search(WORD.pattern + "$", line)
     word = word or re.search(r"(?i)\b(in)?valid\b", line)  # in prose too; a "no" there is no answer
+    if word and NEGATED.search(line[: word.start()]):
+        return [OPPOSITE[word[0].casefold()]] if word[0].casefold() in OPPOSITE else []
     if word:
-        negated = re.search(NEGATED.pattern + r" (?:\w+ ){0,2}$", line[: word.start()])
-        return OPPOSITE.get(word[0].casefold()) if negated else word[0]
+        return [word[0]]
     numbers = NUMERAL.findall(line)
-    if not numbers or negated or re.search(r"\d or \W?\d", line):
-        return None
-    return numbers[-1].rstrip(",")
+    if not numbers or re.search(r"(?i)\b(?:not|neither|cannot)\b|n['’]t\b|\d or \W?\d", line):
+        return []
+    return [numbers[-1].rstrip(",")]
 
 
 def fits(letter, line, question):

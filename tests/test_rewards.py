@@ -148,6 +148,13 @@ AGENTS = [
     ("So B is the answer.", "B"),
     ("The correct answer is option (B) Tuesday.", "(B)"),
     ("Answer: option B", "B"),
+    ("(D) Name of one, not of many.", "D"),
+    ("The smallest value of $c$ is $3.$", "3"),
+    # the first line, where the last says nothing
+    ("Yes\n\nI followed the instructions.", "Yes"),
+    ("B) tot gun\n\nThat is a joke.", "B"),
+    ("Yes, it is.\n\nI followed the instructions.", None),
+    ("Yes\n\nIs it yes or no?", None),
 ]
 
 
