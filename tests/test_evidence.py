@@ -1,4 +1,4 @@
-"""benchmarks/evidence.py: statistics and report on made-up rows; small measurements."""
+"""benchmarks/evidence.py: statistics and report on made-up rows; small measurements; pass_at.py."""
 
 import random
 import subprocess
@@ -13,8 +13,10 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import evidence
 import evidence_report as report
+import pass_at
 
 import train
+from sampling import Completion
 
 # ------------------------------------------------------------------------------------- statistics
 
@@ -192,3 +194,15 @@ def test_the_whole_of_it_stopped_and_gone_on_with(tmp_path):
     assert "MLPO, no SFT" in page and "Not measured yet" in page  # the official files
     done = subprocess.run([*command, "--steps", "3"], capture_output=True, text=True)
     assert done.returncode == 2 and "another --out" in done.stderr
+
+
+# ------------------------------------------------------------------------------------- pass_at.py
+
+
+def test_what_a_model_can_just_about_do():
+    """pass@1, pass@2, finished, read: of two questions and two samples each."""
+    tasks = [{"question": "1 + 1?", "answer": "2"}, {"question": "1 + 2?", "answer": "3"}]
+    cut_off = Completion("First I", finished=False)
+    answers = [[Completion("It is 2."), Completion("I do not know.")], [Completion("2"), cut_off]]
+    assert pass_at.line(tasks, answers).split() == ["25", "50", "75", "67"]
+    assert pass_at.line(tasks[:1], [[cut_off]]).split() == ["0", "0", "0", "-"]
