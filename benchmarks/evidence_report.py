@@ -325,9 +325,9 @@ def settings(rows):
 def teams(rows):
     """Other teams; *d* to the same leader with its own team."""
     lines = []
-    for name in ("mlpo", "mlpo_only", "fixed_order", "random_team", "same", "finals"):
+    for name, label in LABELS.items():
         modes = [f"{team}:1" for team in (*TEAMS, "K1", "K2", "K4", "K5", "K6")]
-        ones = [(f"{LABELS[name]}: {title(mode)}", (name, mode)) for mode in modes]
+        ones = [(f"{label}: {title(mode)}", (name, mode)) for mode in modes]
         lines += compared_lines(rows, ones, (name, "three:1"))
     text = table(COLUMNS, lines)
     of_unseen = []
@@ -343,9 +343,9 @@ def teams(rows):
 def rounds(rows):
     """What more rounds do to a leader; *d* is that of T=5 to T=1."""
     lines = []
-    for name in ("untrained", "sft", "mlpo", "mlpo_only", "rounds"):
+    for name, label in LABELS.items():
         if bits(rows, name, "three:5"):
-            line = [LABELS[name], len(bits(rows, name, "three:5"))]
+            line = [label, len(bits(rows, name, "three:5"))]
             line += [share(rows, (name, f"three:{t}")) for t in (1, 2, 3, 5)]
             lines.append([*line, difference(rows, (name, "three:5"), (name, "three:1"))])
     text = table(["leader", "seeds", "T=1", "T=2", "T=3", "T=5", "*d*"], lines)
@@ -355,8 +355,10 @@ def rounds(rows):
 def official(rows):
     """The official files of these tasks, of which no question was in any training."""
     ones = [(mode, ("three", f"bbh/{mode}")) for mode in AGENTS]
-    for name in ("untrained", "sft", "mlpo", "grpo"):
-        ones += [(f"{LABELS[name]}, {title(m)}", (name, f"bbh/{m}")) for m in ("alone", "three:1")]
+    for name, label in LABELS.items():
+        ones += [
+            (f"{label}, {title(mode)}", (name, f"bbh/{mode}")) for mode in ("alone", "three:1")
+        ]
     return compared(rows, ones, ("mlpo", "bbh/three:1"))
 
 
