@@ -53,104 +53,122 @@ def after_reasoning(text):
 
 def extract_agent_answer(text, question=""):
     r"""An agent's answer, as a person would read it: in tags, else in its last `\boxed{}`, else
-    what it states last ("the answer is X", "Answer: X", "#### X"), else what its last line commits
-    to. None if it commits to nothing, or to two things: an option's letter with the text that
-    another option has in the question. One that uses our tags is held to them. Not for the leader,
-    which is trained to use them."""
+    what it states last ("the answer is X", "Answer: X", "#### X"), else what it commits to. None if
+    that is nothing, or two options: two letters, or a letter with the text that another option has
+    in the question. One that uses our tags is held to them. Not for the leader, which is trained to
+    use them."""
     text = after_reasoning(text)
     if "<answer>" in text:
         return extract_answer(text)
     boxed = last_boxed(text)
     if is_visible(boxed):
         return boxed.strip()
-    stated = STATED.match(text) or LABELLED.match(text)
-    answer = stated[1].strip(AROUND) if stated else ""
+    answer = stated(text)
     if not is_visible(answer):
         return commitment(text, question)
-    answer = re.sub(r"^(?i:option|choice) (?=\(?[A-Z]\b)", "", answer)
+    letters = letters_in(answer, question)
+    if letters:
+        return f"({letters[0]})" if len(letters) == 1 else None
     word = re.match(WORD.pattern + r"[,;](?! or\b)", answer)  # no, because ...
     if word:
         return word[1]
-    option = OPTION.match(answer)
-    if not option or len(set(LETTER.findall(answer))) > 1:
-        return without_unit(answer)
-    return f"({option[1]})" if fits(option[1], answer, question) else None
+    sum_of_numbers = re.fullmatch(r"[\d\s.,+*/x×÷()-]+=\s*(\S.*)", answer)  # 3 * 4 = 12
+    return without_unit(sum_of_numbers[1] if sum_of_numbers else answer)
 
 
-# the last of them, up to the end of the line or sentence, but not to the full stop in 3.5
-# or Dr. Smith or U.S. Army
+# up to the end of the line or sentence, but not to the full stop in 3.5 or Dr. Smith or U.S. Army
 TITLES = "".join(
     rf"(?<!\b{title})" for title in ("dr", "mr", "mrs", "ms", "st", "mt", "prof", "vs")
 )
-END = rf"(?:\n|{TITLES}(?<!\.[a-z])\.(?!\S)|,? (?:which|because|since)\b|$)"
+END = rf"(?:\n|{TITLES}(?<!\.[a-z])\.[*_]*(?!\S)|,? (?:which|because|since)\b|$)"
 STATED = re.compile(
     rf"(?is).*\bthe (?:\w+ )?(?:answer|option|choice)"
-    rf"(?: to [\w ]{{1,40}})? is\b(?! not\b)[\s:]*(.*?){END}"
+    rf"(?: to [\w ]{{1,40}})? is\b(?! (?:not|correct|incorrect|wrong)\b)[\s:]*(.*?){END}"
 )
 LABELLED = re.compile(rf"(?is).*(?:\banswer\b[*_ ]*:|####)[*_\s]*(.*?){END}")
-OPTION = re.compile(r"\(?([A-Z])(?:\)\s+\w|, (?!or\b)\w\w)")  # (E) 12/25/1937; A, Ana
 AROUND = " \t*_`,\"'“”‘’"
-# what a last line can commit to
+
+
+def stated(text):
+    """The last thing that is called the answer, or ""."""
+    found = [match for match in (STATED.match(text), LABELLED.match(text)) if match]
+    found.sort(key=lambda match: match.start(1))
+    return found[-1][1].strip(AROUND) if found else ""
+
+
+# an option: (B); B. Tuesday; A, Ana; option B; B is correct; it is B
 LETTER = re.compile(
-    r"(?<=\()[A-Z](?=\))|^[A-Z](?=[.):]|$)"  # (B); B. Tuesday
+    r"(?<=(?<!\w)\()[A-Z](?=\))|^[A-Z](?=[.):]|$)|^[A-HJ-Z](?=, (?!or\b)\w\w)"
     r"|(?<=\b[Oo]ption )[A-Z]\b|\b[A-Z](?= is (?:the )?(?:correct|right|answer)\b)"
+    r"|(?<=\b(?:is|be) )[A-Z]$"
 )
 WORD = re.compile(r"(?i)\b(yes|no|true|false|valid|invalid)\b")
-FILLER = re.compile(r"(?i)(?:so )?this is the (?:\w+ )?answer\W*")
-NUMERAL = re.compile(r"(?a)-?\d[\d,]*(?:\.\d+)?%?(?![\w.])")
-NEGATED = re.compile(r"(?i)(?:\b(?:not|neither|cannot)|n['’]t) (?:\w+ ){0,2}\(?$")  # up to the word
+VALID = re.compile(r"(?i)(?:\b(?:is|be|not|deductively|logically)|n['’]t) ((?:in)?valid)\b")
 OPPOSITE = {"true": "false", "false": "true", "valid": "invalid", "invalid": "valid"}
+NOT = r"(?i)(?:\b(?:not|neither|cannot)|n['’]t)\b"
+NEGATED = re.compile(rf"{NOT} (?:(?:think|believe) (?:\w+ ){{0,3}})?(?:\w+ ){{0,2}}\(?$")
+NUMERAL = re.compile(r"(?a)(?<![\w./])[-−]?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?(?![\w/]|\.\w)")
+FILLER = re.compile(r"(?i)(?:so )?this is the (?:\w+ )?answer\W*")
 
 
 def commitment(text, question=""):
-    """What the last line of a text without a stated answer commits to; if it says nothing, what the
-    first line is, where that is an option or a word: `Yes`, and then why. None if that is nothing,
-    or two things."""
+    """What a text without a stated answer commits to: the option or word of its last line, else an
+    option or word that is its first line (`Yes`, and then why), else the last line's formula or
+    last number. None if that is nothing, or two things."""
     lines = []
-    for line in text[-LONGEST_ANSWER:].splitlines():
+    for line in text.splitlines():
         if is_visible(line) and not FILLER.fullmatch(line.strip()):
-            lines.append(line.strip(" *_`.!$"))
+            lines.append(line.strip(" *_`.!"))
     if not lines:
         return None
-    found = commitments(lines[-1], question)
-    if not found and (re.match(r"\(?[A-Z]\) ", lines[0]) or WORD.fullmatch(lines[0])):
-        found = commitments(lines[0], question)
-    return found[0] if len(found) == 1 else None
+    first = lines[0][:LONGEST_ANSWER]
+    last = lines[-1][-LONGEST_ANSWER:]
+    found = choices_in(last, question)
+    if not found and (re.match(r"\(?[A-Z](?:[).:]|$)", first) or WORD.fullmatch(first)):
+        found = choices_in(first, question)
+    if found:
+        return found[0] if len(found) == 1 else None
+    if re.search(NOT, last) or re.search(r"\d or \W?\d", last):
+        return None
+    formula = re.search(r"\$([^$]+)\$$", last)
+    if formula:
+        return formula[1].strip(" .")
+    numbers = NUMERAL.findall(last)
+    return numbers[-1].rstrip(",") if numbers else None
 
 
-def commitments(line, question):
-    """All that a line could mean as an answer: options, else one of the usual words at its
-    beginning or end, else the last number. "Not valid" is invalid."""
-    letters = set()
-    for letter in LETTER.finditer(line):
-        if not NEGATED.search(line[: letter.start()]):
-            letters.add(letter[0])
+def choices_in(line, question):
+    """The options of a line, else the usual word at its beginning or end; all of them, where it
+    has more than one. "Not valid" is invalid."""
+    letters = letters_in(line, question)
     if letters:
-        return [letter for letter in letters if fits(letter, line, question)]
-    words = {word.casefold() for word in WORD.findall(line)}
-    if len(words) > 1:
-        return sorted(words)
+        return letters
+    words = sorted({word.casefold() for word in WORD.findall(line)})
     first = re.match(WORD.pattern, line)  # no, it does not
-    if first:
-        return [first[0]]
-    word = re.search(WORD.pattern + "$", line)
-    word = word or re.search(r"(?i)\b(in)?valid\b", line)  # in prose too; a "no" there is no answer
-    if word and NEGATED.search(line[: word.start()]):
-        return [OPPOSITE[word[0].casefold()]] if word[0].casefold() in OPPOSITE else []
-    if word:
-        return [word[0]]
-    numbers = NUMERAL.findall(line)
-    if not numbers or re.search(r"(?i)\b(?:not|neither|cannot)\b|n['’]t\b|\d or \W?\d", line):
+    if len(words) > 1 or first:
+        return words
+    word = re.search(WORD.pattern + "$", line) or VALID.search(line)
+    if not word:
         return []
-    return [numbers[-1].rstrip(",")]
+    said = word[1].casefold()
+    if NEGATED.search(line[: word.start(1)]):
+        said = OPPOSITE.get(said)
+    return [said] if said else []
 
 
-def fits(letter, line, question):
-    """Unless the text that follows an option's letter is that of another option."""
-    after = re.split(rf"\b{letter}\b", line)[-1]
-    text = plain(one_line(after.strip(" ).:,*_")))
+def letters_in(line, question):
+    """The options that a line names, by letter or by the text behind a letter; less those that it
+    denies."""
     options = options_of(question)
-    return text not in options.values() or text == options.get(letter.casefold())
+    named = set()
+    for letter in LETTER.finditer(line):
+        if NEGATED.search(line[: letter.start()]):
+            continue
+        named.add(letter[0])
+        text = plain(one_line(line[letter.end() :].strip(" ).:,*_")))
+        if text != options.get(letter[0].casefold()):
+            named |= {other.upper() for other in options if options[other] == text}
+    return sorted(named)
 
 
 def last_boxed(text):
