@@ -2,7 +2,7 @@
 
     python benchmarks/pass_at.py models/smollm2 models/products my.jsonl
 
-For each dataset, of test questions answered as an agent, in %: right in one sample (pass@1) and in
+For each dataset, of its questions answered as an agent, in %: right in one sample (pass@1) and in
 any of 8 (pass@8); of all responses, finished within --max_new_tokens; of these, read: an answer was
 found (`rewards.extract_agent_answer`).
 """
@@ -32,15 +32,18 @@ def main():
     add("--max_new_tokens", type=int, default=80)
     add("--device", default="cpu")
     args = parser.parse_args()
-    tasks_of = {spec: list(load_tasks(spec, "test", args.questions)) for spec in args.datasets}
+    tasks_of = {}
+    for spec in args.datasets:
+        split = "test" if spec == "tiny" else "all"
+        tasks_of[spec] = list(load_tasks(spec, split, args.questions))
     model = agents.load_model(args.model, args.device)
-    print(f"{'':24}  pass@1  pass@{args.samples}  finished  read")
+    print(f"{'':24}  questions  pass@1  pass@{args.samples}  finished  read")
     for spec, tasks in tasks_of.items():
         torch.manual_seed(0)
         prompts = [agents.agent_messages(task["question"]) for task in tasks]
         told = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
         answers = model.answer(prompts, args.samples, **told)
-        print(f"{spec[-24:]:24}  {line(tasks, answers)}", flush=True)
+        print(f"{spec[-24:]:24}  {len(tasks):9}  {line(tasks, answers)}", flush=True)
 
 
 def line(tasks, answers):
