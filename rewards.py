@@ -159,6 +159,7 @@ def choices_in(line, question):
 def letters_in(line, question):
     """The options that a line names, by letter or by the text behind a letter; less those that it
     denies."""
+    line = line[:LONGEST_ANSWER]
     options = options_of(question)
     named = set()
     for letter in LETTER.finditer(line):

@@ -631,7 +631,7 @@ MEGABYTE = 1_000_000
 REPEATED = ["<answer>", "</answer>", "<answer>8</answer>", "<answer>8", "<think>", "</think>",
             "<think></think>", " ", "\n", "\u200b", "\\boxed{", "{", "}", "\\boxed{}", "8", ".",
             "the answer is ", "The Final Answer Is: ", "the final ", "1,234", "\\text{", "$", "-",
-            "^ {", "(a)", "\\", "x=", "* ", "İ", "a\u0315\u0300", "8．"]  # fmt: skip
+            "^ {", "(a)", "(A)", "not ", "\\", "x=", "* ", "İ", "a\u0315\u0300", "8．"]  # fmt: skip
 
 
 @pytest.mark.parametrize("repeated", REPEATED, ids=ascii)
