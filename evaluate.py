@@ -494,14 +494,14 @@ def split_by_task(tasks, correct):
 
 def is_right(who, task, completions):
     """By any agent's answer; by the majority's; by the leader's last, which is held to its tags."""
+    question = task["question"]
     if who == "leader":
         answers = [extract_answer(completions[-1].text)]
     else:
-        question = task["question"]
-        answers = [extract_agent_answer(c.text, question) for c in completions]
+        answers = [extract_agent_answer(completion.text, question) for completion in completions]
     if who == "majority":
-        answers = [vote(answers, task["question"])]
-    return any(is_correct(answer, task["answer"], task["question"]) for answer in answers)
+        answers = [vote(answers, question)]
+    return any(is_correct(answer, task["answer"], question) for answer in answers)
 
 
 def vote(answers, question):

@@ -46,6 +46,7 @@ SEEDS = range(10, 15)  # fresh: 0 to 4 were used to choose the defaults
 QUESTIONS_SEED = 2  # of the test questions: drawn when all was chosen, agents included
 SAMPLES = 14  # first responses of each agent to each question
 LONGEST = 120  # new tokens
+CONVINCED = make.CONVINCED  # of the built-in agents; `make_agent` changes it for others
 TEAM = ["tiny/agent1", "tiny/agent2", "tiny/agent3"]
 
 GRPO = "--agents none --lr 4e-4"  # tuned on validation questions too: 1e-4 has learned nothing yet
@@ -311,7 +312,7 @@ def make_agent(args, name):
     work = Path(args.work) / "making"
     work.mkdir(exist_ok=True)
     make.BELIEFS[name] = dict(zip(tiny.TASKS, MORE_AGENTS[name]))
-    make.CONVINCED = 1.0 if name.startswith("trusting") else 0.5
+    make.CONVINCED = 1.0 if name.startswith("trusting") else CONVINCED
     make.study(name, agent.model, agent.tokenizer, work, min(500, 5 * args.steps), decay=0.6)
     runs.save_model(Path(args.work) / name, agent)
 

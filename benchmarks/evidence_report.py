@@ -54,7 +54,7 @@ in which both seeds and questions vary: the variance is that of the seeds' means
 the questions' means / questions, which counts the rest twice and so errs on the careful side; p is
 that of a paired t-test with it (degrees of freedom after Satterthwaite), without a correction for
 the number of tests. Tokens: those read and written for an answer. Nothing was chosen on these
-questions, nor on leaders of these seeds. The commands are in the rows of `evidence.jsonl`."""
+questions or by these leaders. The commands are in the rows of `evidence.jsonl`."""
 
 
 # ------------------------------------------------------------------------------------- statistics
