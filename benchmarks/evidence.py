@@ -5,10 +5,10 @@
     python benchmarks/evidence.py --bbh bbh     # and the official files in bbh/
     python benchmarks/evidence.py --out . --report         # the tables and pictures of this folder
 
-Read `plan` first: what is trained and measured, in which order. What a unit of the plan finds are
-rows; all rows go to `evidence.jsonl`, from which evidence_report.py makes `RESULTS.md` and the
-pictures. What is trained is trained by `train.py`, with the command that stands in the row. A
-comparison is paired: all variants of a seed share the proposals, the test questions, the agents'
+Read evidence_plan.py first: what is trained and measured, in which order. What a unit of the plan
+finds are rows; all rows go to `evidence.jsonl`, from which evidence_report.py makes `RESULTS.md`
+and the pictures. What is trained is trained by `train.py`, with the command that stands in the row.
+A comparison is paired: all variants of a seed share the proposals, the test questions, the agents'
 first responses to them and the random numbers of the later rounds.
 """
 
@@ -30,6 +30,17 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny_models")]
 import make
+from evidence_plan import (
+    COMMAND,
+    EQUAL_TOKENS,
+    LEADERS,
+    MORE_AGENTS,
+    QUESTIONS_SEED,
+    SEEDS,
+    TEAM,
+    VARIANTS,
+    plan,
+)
 from evidence_report import report
 
 import agents
@@ -42,126 +53,9 @@ import tiny
 from rewards import extract_agent_answer, extract_answer, is_correct
 from train import gradient_step, learning_rate
 
-SEEDS = range(10, 15)  # fresh: 0 to 4 were used to choose the defaults
-QUESTIONS_SEED = 2  # of the test questions: drawn when all was chosen, agents included
 SAMPLES = 14  # first responses of each agent to each question
 LONGEST = 120  # new tokens
 CONVINCED = make.CONVINCED  # of the built-in agents; `make_agent` changes it for others
-TEAM = ["tiny/agent1", "tiny/agent2", "tiny/agent3"]
-
-GRPO = "--agents none --lr 4e-4"  # tuned on validation questions too: 1e-4 has learned nothing yet
-# name: (start, what is added to the command). Start: "own", with an SFT phase of its own; the name
-# of another of these, whose leader goes on; else the leader's name, without SFT.
-VARIANTS = {
-    "sft": ("own", "--steps 0"),  # makes the seed's proposals as well
-    "mlpo": ("sft", ""),
-    "mlpo_only": ("tiny", ""),
-    "grpo_sft": ("sft", GRPO),
-    "grpo": ("tiny", GRPO),
-    "grpo_tokens": ("tiny", GRPO),
-    "grpo_sft_tokens": ("sft", GRPO),
-    "paper": ("tiny", "--paper"),
-    # the parts of the method, one changed at a time
-    "sft30": ("own", "--sft_steps 30 --steps 0"),
-    "sft30_mlpo": ("sft30", ""),
-    "sft120": ("own", "--sft_steps 120 --steps 0"),
-    "sft120_mlpo": ("sft120", ""),
-    "easy0": ("tiny", "--easy_share 0"),
-    "easy1": ("tiny", "--easy_share 1"),
-    "scaled": ("tiny", "--scale_rewards"),
-    "kl": ("tiny", "--kl_coef 0.05"),
-    "updates4": ("tiny", "--updates 4"),
-    "grpo_updates4": ("tiny", "--agents none --lr 2e-4 --updates 4"),  # 1e-4 and 4e-4: less
-    "dropout0": ("tiny", "--team_dropout 0"),
-    "fixed_order": ("tiny", "--no_random_order"),
-    "random_team": ("tiny", "--random_team"),
-    "rounds": ("tiny", "--train_rounds 2"),
-    "same": ("tiny", "--agents tiny/agent1 tiny/agent1 tiny/agent1"),
-    "finals": ("tiny", "--proposals {work}/finals-{seed}.jsonl"),
-    # other leaders: how often each follows its misconceptions alone, and one half as wide
-    "sometimes_mlpo": ("{work}/sometimes", ""),
-    "sometimes_grpo": ("{work}/sometimes", GRPO),
-    "often_mlpo": ("{work}/often", ""),
-    "often_grpo": ("{work}/often", GRPO),
-    "half": ("{work}/half", ""),
-}
-# these have as many steps as make their tokens those of another variant
-EQUAL_TOKENS = {
-    "grpo_tokens": "mlpo_only",
-    "grpo_sft_tokens": "mlpo",
-    "sometimes_grpo": "sometimes_mlpo",
-    "often_grpo": "often_mlpo",
-}
-OWN_PROPOSALS = ("sft", "same")  # all others have those of the seed's `sft`
-LEADERS = {"sometimes": 0.55, "often": 0.4}  # make.ALONE of each; the built-in leader's is larger
-OFFICIALLY = ("untrained", "sft", "mlpo", "grpo")  # these are asked the official files
-# other agents: which misconception of each task, in the tasks' order, each holds. The last three
-# are convinced by the leader always, wherever they are wrong
-MORE_AGENTS = {
-    "agent4": [1, 2, 0, 0],
-    "agent5": [2, 0, 1, 1],
-    "agent6": [0, 1, 2, 2],
-    "trusting1": [0, 0, 0, 0],
-    "trusting2": [1, 1, 1, 1],
-    "trusting3": [2, 2, 2, 2],
-}
-
-
-def plan(args):
-    """What is done, as parts of units: (function, its arguments). The units of a part can be done
-    at the same time; the next part builds on them. The claims come first."""
-    seeds = args.seed_list
-    few = seeds[:3]  # for what is no claim
-
-    def each(some, *units):
-        return [(name, *what, seed) for seed in some for name, *what in units]
-
-    first = "alone three:5"
-    brief = "alone three:1"
-    other_teams = "unseen:1 shuffled:1"
-    others = [f"{args.work}/{name}" for name in MORE_AGENTS]
-    parts = [
-        [("say", "tiny", name) for name in TEAM],
-        each(seeds, ("look", "sft", first)),
-        each(seeds, ("look", "mlpo", first)),
-        each(seeds, ("baselines", "three", "tiny"), ("look", "untrained", first)),
-        each(seeds, ("look", "grpo", brief)),
-        each(seeds, ("look", "mlpo_only", first)),
-        each(seeds, ("look", "grpo_sft", brief)),
-        each(seeds, ("pick", "picker", "three"), ("debate", "three"), ("look", "paper", brief)),
-        each(seeds, ("look", "grpo_tokens", brief), ("self_consistency", "mlpo")),
-        each(seeds, ("look", "grpo_sft_tokens", brief)),
-        [("make_agent", name) for name in MORE_AGENTS],
-        [("say", "tiny", name) for name in others],
-        each(seeds, ("look", "mlpo", other_teams), ("look", "mlpo_only", other_teams)),
-        each(seeds, ("debate", "trusting"), ("look", "mlpo", "trusting:3")),
-    ]
-    if args.bbh:
-        official = "bbh/alone bbh/three:1"
-        parts += [
-            [("say", "bbh", name) for name in TEAM],
-            each(seeds, *[("look", name, official) for name in OFFICIALLY]),
-            each(seeds, ("baselines", "three", "bbh")),
-        ]
-    parts += [
-        [("make_leader", name) for name in LEADERS],
-        each(few, ("look", "sometimes_mlpo", brief), ("look", "often_mlpo", brief)),
-        each(few, ("look", "sometimes_grpo", brief), ("look", "often_grpo", brief)),
-        each(few, ("look", "sft30", brief), ("look", "sft120", brief)),
-        each(few, ("look", "sft30_mlpo", brief), ("look", "sft120_mlpo", brief)),
-        each(few, ("baselines", "unseen", "tiny"), ("look", "random_team", f"{brief} unseen:1")),
-        each(few, ("look", "mlpo_only", "K1:1 K2:1 K4:1 K5:1 K6:1 same:1")),
-        each(few, ("look", "updates4", brief), ("look", "grpo_updates4", brief)),
-        each(few, ("look", "easy0", brief), ("look", "scaled", brief)),
-        each(few, ("look", "kl", brief), ("look", "dropout0", brief)),
-        each(few, ("look", "easy1", brief), ("look", "fixed_order", f"{brief} shuffled:1")),
-        each(few, ("write_finals",)),
-        each(few, ("look", "finals", f"{brief} finals:1"), ("look", "same", f"{brief} same:1")),
-        each(few, ("look", "rounds", first)),
-        [("make_leader", "half")],
-        each(few, ("look", "half", brief)),
-    ]
-    return parts
 
 
 def main(argv=None):
@@ -193,7 +87,7 @@ def main(argv=None):
         return report(rows, args.out)
     check_size(args)
     rows = {}
-    for part in plan(args):
+    for part in plan(args.seed_list, args.bbh):
         for row in at_the_same_time(args, part):
             rows[row["variant"], row["seed"], row["mode"]] = row
         runs.write_jsonl(path, rows.values())
@@ -263,21 +157,10 @@ def train(args, variant, seed):
 
 def words_of(args, variant, seed):
     """The command line of a variant."""
-    start, words = VARIANTS[variant]
-    words = words.format(work=args.work, seed=seed).split()
-    if variant not in OWN_PROPOSALS and "--proposals" not in words:
-        words += ["--proposals", f"{args.work}/sft-{seed}/proposals.jsonl"]
-    if start != "own":
-        leader = start.format(work=args.work)
-        if start in VARIANTS:
-            leader = f"{args.work}/{start}-{seed}/leader"
-        words += ["--leader", leader, "--sft_steps", "0"]
-    elif "--sft_steps" not in words:
-        words += ["--sft_steps", str(args.sft_steps)]
-    if "--steps" not in words:
-        words += ["--steps", str(steps_of(args, variant, seed))]
-    words += ["--seed", str(seed), "--questions", str(args.train_questions)]
-    return [*words, "--eval_questions", "0", "--out", f"{args.work}/{variant}-{seed}"]
+    out = f"{args.work}/{variant}-{seed}"
+    known = {**vars(args), "seed": seed, "steps": steps_of(args, variant, seed), "out": out}
+    words = f"{COMMAND} {VARIANTS[variant][1]}"
+    return [word.format(**known) for word in words.split()]
 
 
 def steps_of(args, variant, seed):
@@ -363,7 +246,7 @@ def tasks_of(args, which):
 def say(args, which, name):
     """An agent's first responses to the test questions, sampled once for everybody."""
     tasks = tasks_of(args, which)
-    agent = agents.load_model(name)
+    agent = agents.load_model(folder_of(args, name))
     prompts = [agents.agent_messages(task["question"]) for task in tasks]
     torch.manual_seed(0)
     said = []
@@ -376,11 +259,15 @@ def said_path(args, which, name):
     return Path(args.work) / f"said-{which}-{Path(name).name}.json"
 
 
-def team_of(args, team):
+def folder_of(args, name):
+    return f"{args.work}/{name}" if name in MORE_AGENTS else name
+
+
+def team_of(team):
     """`three`, the built-in agents; `finals`, their answers only; `shuffled`, in an order that
     changes from question to question; `same`, one of them three times; `unseen` and `trusting`,
     other agents; `K1` to `K6`."""
-    everybody = [*TEAM, *(f"{args.work}/{name}" for name in MORE_AGENTS)]
+    everybody = [*TEAM, *MORE_AGENTS]
     if team == "unseen":
         return everybody[3:6]
     if team == "trusting":
@@ -395,7 +282,7 @@ def team_of(args, team):
 def first_responses(args, team, which, seed, n=0):
     """Per question n (or K) Completions, in which the agents take turns. Each seed begins with
     another sample of those that `say` has made."""
-    names = team_of(args, team)
+    names = team_of(team)
     said = [runs.read_json(said_path(args, which, name)) for name in names]
     rng = random.Random(seed)
     of_questions = []
@@ -469,7 +356,7 @@ def lead(args, leader, tasks, name, which, seed):
     team = until.rpartition("/")[2]
     speakers = []
     if int(rounds) > 1:
-        speakers = [agents.load_model(speaker) for speaker in team_of(args, team)]
+        speakers = [agents.load_model(folder_of(args, name)) for name in team_of(team)]
     questions = [task["question"] for task in tasks]
     first = first_responses(args, team, which, seed)
     torch.manual_seed(seed)  # the same luck for every leader
@@ -568,7 +455,7 @@ def train_to_pick(args, variant, seed, batch=16, lr=5e-4):
 def debate(args, team, seed, rounds=3):
     """No leader: each agent refines, given the next one's response as advice, in the form in which
     it knows the leader's; then a vote."""
-    speakers = [agents.load_model(name) for name in team_of(args, team)]
+    speakers = [agents.load_model(folder_of(args, name)) for name in team_of(team)]
     tasks = tasks_of(args, "tiny")
     said = first_responses(args, team, "tiny", seed)
     everything = said
