@@ -38,7 +38,9 @@ from evidence_plan import (
     QUESTIONS_SEED,
     SEEDS,
     TEAM,
+    TEAM_SIZES,
     VARIANTS,
+    WITH_PROPOSALS,
     plan,
 )
 from evidence_report import report
@@ -115,7 +117,7 @@ def at_the_same_time(args, units):
                 print(name, flush=True)
                 rows += of_unit
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # what has begun is finished, and found next time
+            pool.shutdown(cancel_futures=True)  # waits for what has begun
             raise
     return sorted(rows, key=lambda row: (row["variant"], str(row["seed"]), row["mode"]))
 
@@ -168,6 +170,8 @@ def steps_of(args, variant, seed):
     if variant not in EQUAL_TOKENS:
         return args.steps
     spent = tokens_of_training(f"{args.work}/{EQUAL_TOKENS[variant]}-{seed}")
+    if variant in WITH_PROPOSALS:
+        spent += tokens_of_proposals(f"{args.work}/sft-{seed}")
     return round(args.steps * spent / tokens_of_training(f"{args.work}/grpo-{seed}"))
 
 
@@ -175,6 +179,17 @@ def tokens_of_training(run):
     """All that was read and written in MLPO or GRPO; the proposals are not of it."""
     steps = [row for row in runs.read_jsonl(Path(run) / "metrics.jsonl") if row["phase"] == "mlpo"]
     return sum(row["tokens"] for row in steps)
+
+
+def tokens_of_proposals(run):
+    """All that the agents wrote; each prompt is read once for all of an agent's responses to it."""
+    tokenizer = agents.load_model(TEAM[0]).tokenizer  # the same for all built-in models
+    count = 0
+    for row in runs.read_jsonl(Path(run) / "proposals.jsonl"):
+        count += len(agents.encode(tokenizer, agents.agent_messages(row["question"])))
+        for response in row["responses"]:
+            count += len(tokenizer(response)["input_ids"]) + 1  # and the end
+    return count
 
 
 def rows_of_training(out, variant, seed, command):
@@ -190,7 +205,8 @@ def rows_of_training(out, variant, seed, command):
 
 
 def make_agent(args, name):
-    """An agent with other misconceptions, taught like the others, from the first one's weights."""
+    """An agent with the misconceptions of MORE_AGENTS, taught like the built-in ones, but from the
+    first one's weights."""
     agent = agents.load_model("tiny/agent1")
     work = Path(args.work) / "making"
     work.mkdir(exist_ok=True)
@@ -264,19 +280,14 @@ def folder_of(args, name):
 
 
 def team_of(team):
-    """`three`, the built-in agents; `finals`, their answers only; `shuffled`, in an order that
-    changes from question to question; `same`, one of them three times; `unseen` and `trusting`,
-    other agents; `K1` to `K6`."""
+    """The agents of a team. What those of `finals` say is cut to their answers; those of `shuffled`
+    speak in an order that changes from question to question."""
     everybody = [*TEAM, *MORE_AGENTS]
-    if team == "unseen":
-        return everybody[3:6]
-    if team == "trusting":
-        return everybody[6:]
-    if team == "same":
-        return [everybody[0]] * 3
-    if team.startswith("K"):
-        return everybody[: int(team[1:])]
-    return everybody[:3]
+    members = {"three": TEAM, "finals": TEAM, "shuffled": TEAM, "same": 3 * TEAM[:1]}
+    members |= {"unseen": everybody[3:6], "trusting": everybody[6:]}
+    for size in TEAM_SIZES:
+        members[size] = everybody[: int(size[1:])]
+    return members[team]
 
 
 def first_responses(args, team, which, seed, n=0):
@@ -334,38 +345,39 @@ def look(args, variant, looks, seed):
     if variant != "untrained":
         run, rows = train(args, variant, seed)
         folder = str(run / "leader")
-    told = {"command": rows[0]["command"]} if rows else {}
+    command = rows[0]["command"] if rows else ""
     leader = agents.load_model(folder)
     for name in looks.split():
-        which, _, how = name.rpartition("/")
-        which = which or "tiny"
+        until, _, rounds = name.partition(":")
+        team = until.removeprefix("bbh/")
+        which = "bbh" if until.startswith("bbh/") else "tiny"
         tasks = tasks_of(args, which)
-        if how == "alone":
+        if team == "alone":
             prompts = [agents.leader_messages(task["question"]) for task in tasks]
-            said_until = {name: leader.answer(prompts, 1, 0, LONGEST)}
+            said_by_mode = {name: leader.answer(prompts, 1, 0, LONGEST)}
         else:
-            said_until = lead(args, leader, tasks, name, which, seed)
-        for mode, said in said_until.items():
-            rows.append(new_row(variant, seed, mode, said, score("leader", tasks, said), **told))
+            history = lead(args, leader, tasks, team, int(rounds), which, seed)
+            said_by_mode = {}
+            for t in range(1, int(rounds) + 1):
+                said_by_mode[f"{until}:{t}"] = [evaluate.all_written(past[:t]) for past in history]
+        for mode, said in said_by_mode.items():
+            right = score("leader", tasks, said)
+            rows.append(new_row(variant, seed, mode, said, right, command=command))
     return rows
 
 
-def lead(args, leader, tasks, name, which, seed):
-    """{mode: per question all that was written}, for T = 1 to the rounds in the look's name."""
-    until, _, rounds = name.partition(":")
-    team = until.rpartition("/")[2]
+def lead(args, leader, tasks, team, rounds, which, seed):
+    """Per question its rounds, as `agents.deliberate` gives them."""
+    if rounds > 1 and team in ("finals", "shuffled"):
+        raise ValueError(f"{team}:{rounds}: measured for one round only")
     speakers = []
-    if int(rounds) > 1:
+    if rounds > 1:
         speakers = [agents.load_model(folder_of(args, name)) for name in team_of(team)]
     questions = [task["question"] for task in tasks]
     first = first_responses(args, team, which, seed)
     torch.manual_seed(seed)  # the same luck for every leader
-    told = {"max_new_tokens": LONGEST, "responses": first}
-    history = agents.deliberate(leader, speakers, questions, int(rounds), **told)
-    said_until = {}
-    for t in range(1, int(rounds) + 1):
-        said_until[f"{until}:{t}"] = [evaluate.all_written(past[:t]) for past in history]
-    return said_until
+    settings = {"max_new_tokens": LONGEST, "responses": first}
+    return agents.deliberate(leader, speakers, questions, rounds, **settings)
 
 
 # ---------------------------------------------------------------------------------- the baselines
@@ -420,7 +432,8 @@ def pick(args, variant, team, seed):
         scores = preferences(leader, task["question"], texts)
         picked.append([responses[int(scores.argmax())]])
         prompt = agents.encode(leader.tokenizer, agents.leader_messages(task["question"], texts))
-        said.append([*responses, sampling.Completion("", prompt_ids=prompt)])  # it reads, too
+        # it reads, too (that it scores each response costs some more, which is not counted)
+        said.append([*responses, sampling.Completion("", prompt_ids=prompt)])
     return [new_row(variant, seed, f"{team}:1", said, score("agent", tasks, picked))]
 
 
@@ -479,7 +492,7 @@ def debate(args, team, seed, rounds=3):
 
 
 def self_consistency(args, variant, seed):
-    """Votes of the leader alone: of 5 samples, and of as many as cost the tokens of its team."""
+    """Votes of the leader alone: of as many samples as cost the tokens of its team."""
     tasks = tasks_of(args, "tiny")
     leader = agents.load_model(f"{args.work}/{variant}-{seed}/leader")
     prompts = [agents.leader_messages(task["question"]) for task in tasks]
@@ -493,16 +506,13 @@ def self_consistency(args, variant, seed):
     equal = round((2 * written + read + own) / own)
     if equal > 20:
         raise ValueError(f"the tokens of its team are those of {equal} votes: sample more than 20")
-    rows = []
-    for mode, n in (("votes of 5", 5), ("votes, as many tokens", equal)):
-        some = [of_question[:n] for of_question in said]
-        right = []
-        for task, completions in zip(tasks, some):
-            answers = [extract_answer(c.text) for c in completions]
-            voted = evaluate.vote(answers, task["question"])
-            right.append(is_correct(voted, task["answer"], task["question"]))
-        rows.append(new_row(variant, seed, mode, some, right, prompts_read=1))
-    return rows
+    said = [of_question[:equal] for of_question in said]
+    right = []
+    for task, completions in zip(tasks, said):
+        answers = [extract_answer(c.text) for c in completions]
+        voted = evaluate.vote(answers, task["question"])
+        right.append(is_correct(voted, task["answer"], task["question"]))
+    return [new_row(variant, seed, "votes, as many tokens", said, right, prompts_read=1)]
 
 
 if __name__ == "__main__":

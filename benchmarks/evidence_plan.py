@@ -4,8 +4,7 @@ SEEDS = range(10, 15)  # fresh: 0 to 4 were used to choose the defaults
 QUESTIONS_SEED = 2  # of the test questions: drawn when all was chosen, agents included
 
 # The words of every training, before those of its variant, which replace them. {steps} are
-# evidence.py's --steps; in EQUAL_TOKENS as many steps of GRPO as cost the tokens of the variant
-# beside it.
+# evidence.py's --steps, but in EQUAL_TOKENS and WITH_PROPOSALS.
 COMMAND = (
     "--leader tiny --sft_steps 0 --steps {steps} --proposals {work}/sft-{seed}/proposals.jsonl"
     " --seed {seed} --questions {train_questions} --eval_questions 0 --out {out}"
@@ -19,6 +18,7 @@ VARIANTS = {
     "mlpo_only": ("MLPO, no SFT", ""),
     "grpo": ("GRPO, no SFT", GRPO),
     "grpo_tokens": ("GRPO, no SFT, as many tokens as MLPO", GRPO),
+    "grpo_all_tokens": ("GRPO, no SFT, as many as MLPO and its proposals", GRPO),
     "grpo_sft": ("SFT + GRPO", f"{AFTER_SFT} {GRPO}"),
     "grpo_sft_tokens": ("SFT + GRPO, as many tokens as MLPO", f"{AFTER_SFT} {GRPO}"),
     "paper": ("MLPO, never alone (--paper)", "--paper"),
@@ -45,14 +45,16 @@ VARIANTS = {
     "sometimes_grpo": ("GRPO, leader sometimes right", f"--leader {{work}}/sometimes {GRPO}"),
     "often_mlpo": ("MLPO, leader often right", "--leader {work}/often"),
     "often_grpo": ("GRPO, leader often right", f"--leader {{work}}/often {GRPO}"),
-    "half": ("MLPO, half as wide", "--leader {work}/half"),
+    "half": ("MLPO, half as wide, fewer lessons", "--leader {work}/half"),
 }
-EQUAL_TOKENS = {
+EQUAL_TOKENS = {  # as many steps of GRPO as read and write the tokens of the variant beside it
     "grpo_tokens": "mlpo_only",
+    "grpo_all_tokens": "mlpo_only",
     "grpo_sft_tokens": "mlpo",
     "sometimes_grpo": "sometimes_mlpo",
     "often_grpo": "often_mlpo",
 }
+WITH_PROPOSALS = ("grpo_all_tokens",)  # and those of the agents' responses, which GRPO needs not
 LEADERS = {"sometimes": 0.55, "often": 0.4}  # make.ALONE of each; the built-in leader's is larger
 # other agents: which misconception of each task, in the tasks' order, each holds. The last three
 # are convinced by the leader always, wherever they are wrong
@@ -92,6 +94,7 @@ def plan(seeds, bbh):
         each(seeds, ("pick", "picker", "three"), ("debate", "three"), ("look", "paper", brief)),
         each(seeds, ("look", "grpo_tokens", brief), ("self_consistency", "mlpo")),
         each(seeds, ("look", "grpo_sft_tokens", brief)),
+        each(seeds, ("look", "grpo_all_tokens", brief)),
         [("make_agent", name) for name in MORE_AGENTS],
         [("say", "tiny", name) for name in MORE_AGENTS],
         each(seeds, ("look", "mlpo", other_teams), ("look", "mlpo_only", other_teams)),

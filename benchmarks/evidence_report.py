@@ -25,14 +25,20 @@ TEAMS = {
     "same": "agent1 three times",
     "finals": "final answers only",
 }
-AGENTS = ("agent 1", "agent 2", "agent 3", "majority of 3", "any")
-TEAM = ("mlpo", "three:1")
-NOTE = """Shares of right answers in %, differences (*d*) in points. `±` is half of a 95% interval
-in which both seeds and questions vary: the variance is that of the seeds' means / seeds + that of
-the questions' means / questions, which counts the rest twice and so errs on the careful side; p is
-that of a paired t-test with it (degrees of freedom after Satterthwaite), without a correction for
-the number of tests. Tokens: those read and written for an answer. Nothing was chosen on these
-questions or by these leaders. The commands are in the rows of `evidence.jsonl`."""
+NO_LEADER = ("agent 1", "agent 2", "agent 3", "majority of 3", "any")
+WITH_TEAM = ("mlpo", "three:1")
+NOTE = """Shares of right answers in %; differences (*d*) in points, over the seeds that both have
+(a share is over all seeds of its own). `±` is half of a 95% interval in which both seeds and
+questions vary: the variance is that of the seeds' means / seeds + that of the questions' means /
+questions, which counts the rest twice and so errs on the careful side; p is that of a paired t-test
+with it (degrees of freedom after Satterthwaite), without a correction for the number of tests.
+Tokens are those read and written: beside an answer for this answer, beside a training in MLPO or
+GRPO (thousands; without the agents' proposals). Nothing was chosen on these questions or by these
+leaders. The commands are in the rows of `evidence.jsonl`."""
+WORDS = """**Any**: is at least one agent right? **Debate**: no leader; in each round every agent
+refines its response, given another's, then they vote. **T**: how often the leader answers; in
+between the agents refine. **K**: how many agents; from the fourth on the leader never saw them.
+**Seats**: the order of the responses. **Votes**: the most frequent answer of several samples."""
 
 
 # ------------------------------------------------------------------------------------- statistics
@@ -135,10 +141,10 @@ def compared(measured, ones, versus, mask=None):
     return table(["who", "seeds", "tokens", "right", "*d*"], lines)
 
 
-def tokens(measured, one):
-    """How many an answer takes, read and written, on the mean."""
+def tokens(measured, one, unit=1):
+    """How many an answer or a training takes, read and written, on the mean."""
     counts = [row["tokens"] for row in measured.get(one, {}).values()]
-    return f"{np.mean(counts):,.0f}" if counts else ""
+    return f"{np.mean(counts) / unit:,.0f}" if counts else ""
 
 
 def leaders(measured, names, versus):
@@ -146,36 +152,42 @@ def leaders(measured, names, versus):
     lines = []
     for name in names:
         line = [LABELS[name], len(measured.get((name, "three:1"), {}))]
+        line.append(tokens(measured, (name, "training"), 1000))
         for mode in ("three:1", "alone"):
             line.append(share(measured, (name, mode)))
             line.append(difference(measured, (name, mode), (versus, mode)))
         lines.append(line)
-    return table(["leader", "seeds", "its team, T=1", "*d*", "alone", "*d*"], lines)
+    head = ["leader", "seeds", "training tokens", "its team, T=1", "*d*", "alone", "*d*"]
+    return table(head, lines)
 
 
 # --------------------------------------------------------------------------------------- sections
 
 CLAIMS = [
-    ("with the team: SFT + MLPO over SFT", TEAM, ("sft", "three:1")),
+    ("with the team: SFT + MLPO over SFT", WITH_TEAM, ("sft", "three:1")),
     ("the same without SFT, over untrained", ("mlpo_only", "three:1"), ("untrained", "three:1")),
-    ("with the team, over any agent right", TEAM, ("three", "any")),
-    ("with the team, over a leader trained only to pick", TEAM, ("picker", "three:1")),
-    ("with the team, over a debate of one round", TEAM, ("three", "debate:1")),
-    ("with the team, over a debate of two rounds", TEAM, ("three", "debate:2")),
-    ("with the team, over a debate of three rounds", TEAM, ("three", "debate:3")),
+    ("with the team, over any agent right", WITH_TEAM, ("three", "any")),
+    ("with the team, over a leader trained only to pick", WITH_TEAM, ("picker", "three:1")),
+    ("with the team, over a debate of one round", WITH_TEAM, ("three", "debate:1")),
+    ("with the team, over a debate of two rounds", WITH_TEAM, ("three", "debate:2")),
+    ("with the team, over a debate of three rounds", WITH_TEAM, ("three", "debate:3")),
     ("T = 2, over a debate of two rounds", ("mlpo", "three:2"), ("three", "debate:2")),
-    ("with the team, over GRPO's leader with it", TEAM, ("grpo", "three:1")),
-    ("with the team, over SFT + GRPO's leader with it", TEAM, ("grpo_sft", "three:1")),
+    ("with the team, over GRPO's leader with it", WITH_TEAM, ("grpo", "three:1")),
+    ("with the team, over SFT + GRPO's leader with it", WITH_TEAM, ("grpo_sft", "three:1")),
     ("alone: MLPO over GRPO, equal steps", ("mlpo_only", "alone"), ("grpo", "alone")),
     ("alone: MLPO over GRPO, equal tokens", ("mlpo_only", "alone"), ("grpo_tokens", "alone")),
+    ("the same, tokens of the proposals too", ("mlpo_only", "alone"), ("grpo_all_tokens", "alone")),
     ("alone: SFT + MLPO over SFT + GRPO", ("mlpo", "alone"), ("grpo_sft", "alone")),
     ("the same, equal tokens", ("mlpo", "alone"), ("grpo_sft_tokens", "alone")),
     ("alone, both with 4 updates a batch", ("updates4", "alone"), ("grpo_updates4", "alone")),
     ("alone, by --paper, over untrained", ("paper", "alone"), ("untrained", "alone")),
-    ("T = 3 over T = 1", ("mlpo", "three:3"), TEAM),
-    ("T = 5 over T = 1", ("mlpo", "three:5"), TEAM),
-    ("a team that it never saw, against its own", ("mlpo", "unseen:1"), TEAM),
-    ("shuffled seats, against the usual ones", ("mlpo", "shuffled:1"), TEAM),
+    ("alone, by --paper, over GRPO, equal steps", ("paper", "alone"), ("grpo", "alone")),
+    ("alone, by --paper, over GRPO, equal tokens", ("paper", "alone"), ("grpo_tokens", "alone")),
+    ("T = 3 over T = 1", ("mlpo", "three:3"), WITH_TEAM),
+    ("T = 5 over T = 1", ("mlpo", "three:5"), WITH_TEAM),
+    ("a team that it never saw, against its own", ("mlpo", "unseen:1"), WITH_TEAM),
+    ("shuffled seats, against the usual ones", ("mlpo", "shuffled:1"), WITH_TEAM),
+    ("official files: over any agent right", ("mlpo", "bbh/three:1"), ("three", "bbh/any")),
 ]
 
 
@@ -186,8 +198,10 @@ def claims(measured):
         seeds = len(matrix(measured, one, other))
         lines.append([text, seeds, difference(measured, one, other)])
     mask = nobody_right(measured)
-    told = share(measured, TEAM, mask)
-    lines.append(["with the team, right where no agent is", len(mask), told])
+    seeds = len(matrix(measured, WITH_TEAM, mask=mask))
+    lines.append(
+        ["with the team, right where no agent is", seeds, share(measured, WITH_TEAM, mask)]
+    )
     return table(["claim", "seeds", "measured"], lines)
 
 
@@ -195,35 +209,36 @@ def parts(measured):
     """What each phase adds; *d* to SFT + MLPO. `SFT` has 10 steps: 0, 30 and 120 are its sweep."""
     names = ["untrained", "sft", "sft30", "sft120"]
     names += ["mlpo_only", "mlpo", "sft30_mlpo", "sft120_mlpo"]
-    names += ["grpo", "grpo_tokens", "grpo_sft", "grpo_sft_tokens", "paper"]
+    names += ["grpo", "grpo_tokens", "grpo_all_tokens", "grpo_sft", "grpo_sft_tokens", "paper"]
     return leaders(measured, names, "mlpo")
 
 
 def baselines(measured):
-    """All of it on the same questions and first responses; *d* to SFT + MLPO with its team, T=1."""
-    modes = [*AGENTS, "majority of 20", "majority of 40", "debate:1", "debate:2", "debate:3"]
+    """All of it on the same questions and first responses (a majority of 20 or 40 has nearly the
+    same samples with every seed); *d* to SFT + MLPO with its team, T=1. GRPO's leaders have
+    practised alone only, and never listened."""
+    modes = [*NO_LEADER, "majority of 20", "majority of 40", "debate:1", "debate:2", "debate:3"]
     ones = [(mode, ("three", mode)) for mode in modes]
     ones += [("a leader trained only to pick", ("picker", "three:1"))]
     ones += [("GRPO's leader, with the team", ("grpo", "three:1"))]
     ones += [("SFT + GRPO's leader, with the team", ("grpo_sft", "three:1"))]
-    for mode in ("votes of 5", "votes, as many tokens"):
-        ones += [(f"SFT + MLPO alone, {mode}", ("mlpo", mode))]
+    ones += [("SFT + MLPO alone, votes, as many tokens", ("mlpo", "votes, as many tokens"))]
     for t in (1, 2, 3):
         ones += [(f"SFT + MLPO, with the team, T={t}", ("mlpo", f"three:{t}"))]
-    return compared(measured, ones, TEAM)
+    return compared(measured, ones, WITH_TEAM)
 
 
 def where_nobody_is_right(measured):
     """Only the questions on which no agent is right; *d* to SFT + MLPO."""
     names = ("untrained", "sft", "mlpo", "mlpo_only")
     ones = [(LABELS[name], (name, "three:1")) for name in names]
-    return compared(measured, ones, TEAM, mask=nobody_right(measured))
+    return compared(measured, ones, WITH_TEAM, mask=nobody_right(measured))
 
 
 def trusting(measured):
     """Agents that another's step convinces always, and only where they are wrong themselves (ours:
-    half of the time). Such agents know where they err, and need no leader. *d* to SFT + MLPO, T=1.
-    """
+    half of the time). Such agents know where they err: a debate of them is as good as a leader. *d*
+    to SFT + MLPO, T=1."""
     ones = [(f"debate:{t}", ("trusting", f"debate:{t}")) for t in (1, 2, 3)]
     ones += [(f"SFT + MLPO, with them, T={t}", ("mlpo", f"trusting:{t}")) for t in (1, 2, 3)]
     return compared(measured, ones, ("mlpo", "trusting:1"))
@@ -237,10 +252,10 @@ BEGINNERS = {  # how often a leader is right alone before training: (its MLPO, i
 
 
 def when(measured):
-    """A team helps where the leader seldom finds the right way alone. Three leaders, that follow
-    each misconception alone with a probability of 0.9, 0.55 and 0.4, and two trainings of each,
-    without SFT, of equal tokens. Before: how often it is right on the validation questions,
-    untrained. *d*: MLPO over GRPO, both alone."""
+    """Does a team help most where the leader seldom finds the right way alone? Three leaders, that
+    follow each misconception alone with a probability of 0.9, 0.55 and 0.4, and two trainings of
+    each, without SFT, of equal tokens. Before: how often it is right on the validation questions,
+    untrained and without chance. *d*: MLPO over GRPO, both alone."""
     lines = []
     for how_often, (mlpo, grpo) in BEGINNERS.items():
         alone = [(mlpo, "alone"), (grpo, "alone")]
@@ -271,12 +286,14 @@ def settings(measured):
 
 
 def teams(measured):
-    """Other teams, T=1; *d* to the same leader with its own team."""
+    """Other teams, T=1; *d* to the same leader with the team that it was trained with, but where it
+    was trained with these itself (`same`, `finals`): to MLPO, no SFT, with its own."""
     lines = []
     for name in LABELS:
         for team in (*TEAMS, *TEAM_SIZES):
             one = (name, f"{team}:1")
-            versus = difference(measured, one, (name, "three:1"))
+            trained_so = name == team  # `same` and `finals`
+            versus = difference(measured, one, ("mlpo_only" if trained_so else name, "three:1"))
             if versus:
                 line = [f"{LABELS[name]}: {TEAMS.get(team, team)}", len(measured[one])]
                 lines.append([*line, tokens(measured, one), share(measured, one), versus])
@@ -285,11 +302,9 @@ def teams(measured):
 
 def unseen(measured):
     """The agents of the team that it never saw."""
-    lines = []
-    for mode in AGENTS:
-        one = ("unseen", mode)
-        lines.append([mode, len(measured.get(one, {})), share(measured, one)])
-    return table(["who", "seeds", "right"], lines)
+    line = ["a team it never saw", len(measured.get(("unseen", "any"), {}))]
+    line += [share(measured, ("unseen", mode)) for mode in NO_LEADER]
+    return table(["team", "seeds", *NO_LEADER], [line])
 
 
 def rounds(measured):
@@ -307,7 +322,7 @@ def rounds(measured):
 def official(measured):
     """The official files of these tasks, of which no question was in any training; *d* to SFT +
     MLPO with its team."""
-    ones = [(mode, ("three", f"bbh/{mode}")) for mode in AGENTS]
+    ones = [(mode, ("three", f"bbh/{mode}")) for mode in NO_LEADER]
     for name in LABELS:
         ones.append((f"{LABELS[name]}, alone", (name, "bbh/alone")))
         ones.append((f"{LABELS[name]}, its team, T=1", (name, "bbh/three:1")))
@@ -382,8 +397,11 @@ def draw_when(measured, figure):
 
 
 def draw_curve(axis, measured, name, who, style, color, told):
-    """The mean over seeds of a leader's looks at the validation questions."""
-    steps, accuracy = np.array([row["curve"] for row in curves(measured, name, who)]).mean(0).T
+    """The mean over seeds of a leader's looks at the validation questions, to the end of the
+    shortest training."""
+    of_seeds = [row["curve"] for row in curves(measured, name, who)]
+    shortest = min(len(curve) for curve in of_seeds)
+    steps, accuracy = np.array([curve[:shortest] for curve in of_seeds]).mean(0).T
     axis.plot(steps, 100 * accuracy, style, color=color, label=told)
 
 
@@ -417,22 +435,26 @@ def report(rows, out):
     for row in rows:
         measured.setdefault((row["variant"], row["mode"]), {})[row["seed"]] = row
     page = "# Evidence\n\nMade by `python benchmarks/evidence.py` from `evidence.jsonl`.\n\n"
-    page += f"{NOTE}\n"
+    page += f"{one_line(NOTE)}\n\n{one_line(WORDS)}\n\n"
     for heading, (sections, draw) in SECTIONS.items():
         text = ""
         for section in sections:
-            lines = section(measured)
-            if lines:
-                text += " ".join(section.__doc__.split()) + f"\n\n{lines}"
+            told = section(measured)
+            if told:
+                text += f"{one_line(section.__doc__)}\n\n{told}"
         if text:
-            page += f"\n## {heading}\n\n{text}"
+            page += f"## {heading}\n\n{text}"
             if draw:
                 page += save_picture(measured, draw, out)
     there = {variant for variant, _ in measured}
     missing = [LABELS[name] for name in LABELS if name not in there]
     if missing:
-        page += f"\nNot measured yet: {'; '.join(missing)}.\n"
-    runs.write_text(Path(out) / "RESULTS.md", page)
+        page += f"Not measured yet: {'; '.join(missing)}.\n"
+    runs.write_text(Path(out) / "RESULTS.md", page.rstrip() + "\n")
+
+
+def one_line(text):
+    return " ".join(text.split())
 
 
 def save_picture(measured, draw, out):
@@ -441,4 +463,4 @@ def save_picture(measured, draw, out):
     figure = Figure(figsize=(13 if draw is draw_when else 8, 4), layout="constrained")
     draw(measured, figure)
     figure.savefig(Path(out) / path, dpi=110)
-    return f"![{draw.__doc__}]({path})\n"
+    return f"![{draw.__doc__}]({path})\n\n"
