@@ -65,18 +65,30 @@ def test_sft_leads_to_the_form(leader):
     assert sum(verdict.formatted for verdict in verdicts) >= 0.95 * len(verdicts)
 
 
+CALCULATOR = """
+def calculator(question):
+    _, _, first, _, second = question.strip("?").split()
+    return f"I multiply.\\nSo the answer is {int(first) * int(second)}."
+"""
+
+
 def test_three_steps_of_mlpo_from_the_command(tmp_path):
+    """One agent is always right, so that SFT has examples whatever this machine samples. With it
+    the leader is mostly right and alone now and then: of 12 groups of 8, half alone, 6 and 9 were
+    mixed with two seeds."""
     path = tmp_path / "products.jsonl"
+    (tmp_path / "solver.py").write_text(CALCULATOR)
     rows = []
     for first in range(3, 9):
         for second in range(3, 9):
             question = f"What is {first} times {second}?"
             rows.append({"question": question, "answer": str(first * second)})
     runs.write_jsonl(path, rows)
-    words = "--questions 4 --validation_questions 2 --samples 2 --rounds 1 --eval_questions 2"
-    words += " --sft_steps 10 --sft_batch 4 --sft_lr 5e-5 --steps 3 --warmup 0"
-    words += " --questions_per_step 2 --group_size 4 --max_new_tokens 30"
-    models = ("--leader", FOLDER, "--agents", FOLDER, FOLDER)
+    words = "--questions 12 --validation_questions 2 --samples 1 --rounds 1 --eval_questions 2"
+    words += " --sft_steps 10 --sft_batch 4 --sft_lr 5e-5 --backtrack 0"
+    words += " --steps 3 --warmup 0 --lr 5e-6 --team_dropout 0.6"
+    words += " --questions_per_step 4 --group_size 8 --max_new_tokens 40"
+    models = ("--leader", FOLDER, "--agents", FOLDER, f"{tmp_path}/solver.py#calculator")
     done = command(
         "train.py", *words.split(), *models, "--dataset", path, "--out", tmp_path / "run"
     )
