@@ -408,10 +408,8 @@ def as_output(text):
     return f"<think> {agents.quote(text)} </think> <answer> {answer} </answer>"
 
 
-def preferences(leader, question, texts):
-    """Each response's mean log-probability as the leader's own output, (K,), where the prompt holds
-    all of them."""
-    prompt = agents.encode(leader.tokenizer, agents.leader_messages(question, texts))
+def preferences(leader, prompt, texts):
+    """Each response's mean log-probability as the leader's own output after this prompt, (K,)."""
     written = [as_output(text) for text in texts]
     outputs = leader.tokenizer(written, add_special_tokens=False)["input_ids"]
     logprobs, mask = shared_prompt.completion_logprobs(leader.model, [prompt], [outputs])
@@ -429,9 +427,9 @@ def pick(args, variant, team, seed):
     said = []
     for task, responses in zip(tasks, first):
         texts = [completion.text for completion in responses]
-        scores = preferences(leader, task["question"], texts)
-        picked.append([responses[int(scores.argmax())]])
         prompt = agents.encode(leader.tokenizer, agents.leader_messages(task["question"], texts))
+        scores = preferences(leader, prompt, texts)
+        picked.append([responses[int(scores.argmax())]])
         # it reads, too (that it scores each response costs some more, which is not counted)
         said.append([*responses, sampling.Completion("", prompt_ids=prompt)])
     return [new_row(variant, seed, f"{team}:1", said, score("agent", tasks, picked))]
@@ -458,7 +456,8 @@ def train_to_pick(args, variant, seed, batch=16, lr=5e-4):
             right = [is_correct(answer, task["answer"], task["question"]) for answer in answers]
             right = torch.tensor(right)
             if right.any() and not right.all():
-                scores = preferences(leader, task["question"], texts)
+                messages = agents.leader_messages(task["question"], texts)
+                scores = preferences(leader, agents.encode(leader.tokenizer, messages), texts)
                 losses.append(scores.logsumexp(0) - scores[right].logsumexp(0))
         torch.stack(losses).mean().backward()
         gradient_step(leader.model, optimizer, learning_rate(step, args.steps, lr, warmup=10))

@@ -85,6 +85,15 @@ def matrix(measured, one, other=None, mask=None):
     return np.array(lines)
 
 
+def in_points(measured, one, other=None, mask=None):
+    """(mean, half of its interval, both in points, p) of that matrix. None if it is empty."""
+    values = matrix(measured, one, other, mask)
+    if not np.isfinite(values).any():
+        return None
+    mean, half, p = estimate(values)
+    return 100 * mean, 100 * half, p
+
+
 def right_or_wrong(row):
     """(questions,) of 1.0 and 0.0."""
     return np.array(list(row["correct"]), float)
@@ -101,23 +110,21 @@ def nobody_right(measured):
 
 def share(measured, one, mask=None):
     """`88.3 ± 2.1`, or nothing if it is not measured."""
-    values = matrix(measured, one, mask=mask)
-    if not np.isfinite(values).any():
+    found = in_points(measured, one, mask=mask)
+    if not found:
         return ""
-    mean, half, _ = estimate(values)
-    return f"{100 * mean:.1f} ± {100 * half:.1f}"
+    mean, half, _ = found
+    return f"{mean:.1f} ± {half:.1f}"
 
 
 def difference(measured, one, other, mask=None):
     """`+5.0 ± 2.1, p = 0.012`, or nothing if one of them is not measured."""
-    values = matrix(measured, one, other, mask)
-    if one == other or not np.isfinite(values).any():
+    found = in_points(measured, one, other, mask)
+    if one == other or not found:
         return ""
-    mean, half, p = estimate(values)
-    text = f"{100 * mean:+.1f} ± {100 * half:.1f}"
-    if len(values) == 1:
-        return text
-    return f"{text}, p < 0.001" if p < 0.001 else f"{text}, p = {p:.3f}"
+    mean, half, p = found
+    told = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    return f"{mean:+.1f} ± {half:.1f}, {told}"
 
 
 def table(head, lines):
@@ -336,10 +343,9 @@ def errorbar(axis, measured, ones, xs, name, masks=None):
     """A curve with its 95% intervals, of what has been measured (of the questions in the masks)."""
     points = []
     for x, one, mask in zip(xs, ones, masks or [None] * len(ones)):
-        values = matrix(measured, one, mask=mask)
-        if np.isfinite(values).any():
-            mean, half, _ = estimate(values)
-            points.append((x, 100 * mean, 100 * half))
+        found = in_points(measured, one, mask=mask)
+        if found:
+            points.append((x, *found[:2]))
     if points:
         x, y, half = zip(*points)
         axis.errorbar(x, y, half, capsize=2, marker="o", label=name)
@@ -349,10 +355,10 @@ def draw_claims(measured, figure):
     """each claim with its interval"""
     axis = figure.subplots()
     for text, one, other in reversed(CLAIMS):
-        values = matrix(measured, one, other)
-        if values.size:
-            mean, half, _ = estimate(values)
-            axis.errorbar(100 * mean, text, xerr=100 * half, fmt="o", color="tab:blue", capsize=2)
+        found = in_points(measured, one, other)
+        if found:
+            mean, half, _ = found
+            axis.errorbar(mean, text, xerr=half, fmt="o", color="tab:blue", capsize=2)
     axis.axvline(0, color="gray", linewidth=0.8)
     axis.set_xlabel("difference in points")
     axis.tick_params(axis="y", labelsize="small")
@@ -388,9 +394,9 @@ def draw_when(measured, figure):
         axis.set(title=f"alone {how_often} right", xlabel="steps", ylim=(0, 102))
         axis.set_ylabel("right answers, %")
         axis.legend(fontsize="small")
-        mean, half, _ = estimate(matrix(measured, (mlpo, "alone"), (grpo, "alone")))
+        mean, half, _ = in_points(measured, (mlpo, "alone"), (grpo, "alone"))
         before = float(before_training(measured, grpo))
-        gains.errorbar(before, 100 * mean, 100 * half, fmt="o", color="tab:blue", capsize=2)
+        gains.errorbar(before, mean, half, fmt="o", color="tab:blue", capsize=2)
     gains.axhline(0, color="gray", linewidth=0.8)
     gains.set(title="MLPO over GRPO, alone", ylabel="points")
     gains.set_xlabel("right alone before training, %")
