@@ -34,6 +34,7 @@ VARIANTS = {
     "updates4": ("MLPO, 4 updates a batch", "--updates 4"),
     # rates tried: 1e-4 and 4e-4 are worse
     "grpo_updates4": ("GRPO, 4 updates a batch", "--agents none --lr 2e-4 --updates 4"),
+    "paper_updates4": ("MLPO, never alone, 4 updates a batch", "--paper --updates 4"),
     "dropout0": ("MLPO, always with the team", "--team_dropout 0"),
     "fixed_order": ("MLPO, responses in the team's order", "--no_random_order"),
     "random_team": ("MLPO, random teams", "--random_team"),
@@ -81,7 +82,6 @@ def plan(seeds, bbh):
 
     first = "alone three:5"
     brief = "alone three:1"
-    other_teams = "unseen:1 shuffled:1"
     sizes = " ".join(f"{size}:1" for size in TEAM_SIZES)
     parts = [
         [("say", "tiny", name) for name in TEAM],
@@ -97,7 +97,7 @@ def plan(seeds, bbh):
         each(seeds, ("look", "grpo_all_tokens", brief)),
         [("make_agent", name) for name in MORE_AGENTS],
         [("say", "tiny", name) for name in MORE_AGENTS],
-        each(seeds, ("look", "mlpo", other_teams), ("look", "mlpo_only", other_teams)),
+        each(seeds, ("look", "mlpo", "unseen:1 shuffled:1")),
         each(seeds, ("debate", "trusting"), ("look", "mlpo", "trusting:3")),
     ]
     if bbh:
@@ -125,5 +125,6 @@ def plan(seeds, bbh):
         each(few, ("look", "rounds", first)),
         [("make_leader", "half")],
         each(few, ("look", "half", brief)),
+        each(few, ("look", "paper_updates4", brief)),
     ]
     return parts

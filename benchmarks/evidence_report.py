@@ -288,7 +288,7 @@ def curves(measured, name, who):
 def settings(measured):
     """One change at a time; *d* to MLPO without SFT."""
     names = ["mlpo_only", "easy0", "easy1", "scaled", "kl", "updates4", "grpo_updates4"]
-    names += ["dropout0", "fixed_order", "random_team", "rounds", "half"]
+    names += ["paper_updates4", "dropout0", "fixed_order", "random_team", "rounds", "half"]
     return leaders(measured, names, "mlpo_only")
 
 
@@ -304,14 +304,10 @@ def teams(measured):
             if versus:
                 line = [f"{LABELS[name]}: {TEAMS.get(team, team)}", len(measured[one])]
                 lines.append([*line, tokens(measured, one), share(measured, one), versus])
+    one = ("unseen", "any")
+    line = ["any agent of the team it never saw", len(measured.get(one, {}))]
+    lines.append([*line, tokens(measured, one), share(measured, one), ""])
     return table(["leader: team", "seeds", "tokens", "right", "*d*"], lines)
-
-
-def unseen(measured):
-    """The agents of the team that it never saw."""
-    line = ["a team it never saw", len(measured.get(("unseen", "any"), {}))]
-    line += [share(measured, ("unseen", mode)) for mode in NO_LEADER]
-    return table(["team", "seeds", *NO_LEADER], [line])
 
 
 def rounds(measured):
@@ -429,7 +425,7 @@ SECTIONS = {  # heading: (its tables, its picture)
     "3. Baselines": ([baselines, where_nobody_is_right, trusting], draw_wrong),
     "4. When does a team help?": ([when], draw_when),
     "5. Settings": ([settings], None),
-    "6. Teams": ([teams, unseen], None),
+    "6. Teams": ([teams], None),
     "7. Rounds": ([rounds], draw_rounds),
     "8. Official files": ([official], None),
 }

@@ -74,8 +74,8 @@ def calculator(question):
 
 def test_three_steps_of_mlpo_from_the_command(tmp_path):
     """One agent is always right, so that SFT has examples whatever this machine samples. With it
-    the leader is mostly right and alone now and then: of 12 groups of 8, half alone, 6 and 9 were
-    mixed with two seeds."""
+    the leader is mostly right and alone now and then: of 12 groups of 8, half alone, 6, 9 and 9
+    were mixed with three seeds."""
     path = tmp_path / "products.jsonl"
     (tmp_path / "solver.py").write_text(CALCULATOR)
     rows = []
