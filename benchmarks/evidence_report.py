@@ -188,6 +188,7 @@ CLAIMS = [
     ("the same, equal tokens", ("mlpo", "alone"), ("grpo_sft_tokens", "alone")),
     ("alone, both with 4 updates a batch", ("updates4", "alone"), ("grpo_updates4", "alone")),
     ("alone, by --paper, over untrained", ("paper", "alone"), ("untrained", "alone")),
+    ("the same, with 4 updates a batch", ("paper_updates4", "alone"), ("untrained", "alone")),
     ("alone, by --paper, over GRPO, equal steps", ("paper", "alone"), ("grpo", "alone")),
     ("alone, by --paper, over GRPO, equal tokens", ("paper", "alone"), ("grpo_tokens", "alone")),
     ("T = 3 over T = 1", ("mlpo", "three:3"), WITH_TEAM),
