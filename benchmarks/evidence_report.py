@@ -27,14 +27,14 @@ TEAMS = {
 }
 NO_LEADER = ("agent 1", "agent 2", "agent 3", "majority of 3", "any")
 WITH_TEAM = ("mlpo", "three:1")
-NOTE = """Shares of right answers in %; differences (*d*) in points, over the seeds that both have
-(a share is over all seeds of its own). `±` is half of a 95% interval in which both seeds and
-questions vary: the variance is that of the seeds' means / seeds + that of the questions' means /
-questions, which counts the rest twice and so errs on the careful side; p is that of a paired t-test
-with it (degrees of freedom after Satterthwaite), without a correction for the number of tests.
-Tokens are those read and written: beside an answer for this answer, beside a training in MLPO or
-GRPO (thousands; without the agents' proposals). Nothing was chosen on these questions or by these
-leaders. The commands are in the rows of `evidence.jsonl`."""
+NOTE = """Shares of right answers in % of 200 test questions (of 264 official ones); differences
+(*d*) in points, over the seeds that both have (a share is over all seeds of its own). `±` is half
+of a 95% interval in which both seeds and questions vary: the variance is that of the seeds' means /
+seeds + that of the questions' means / questions, which counts the rest twice and so errs on the
+careful side; p is that of a paired t-test with it (degrees of freedom after Satterthwaite), without
+a correction for the number of tests. Tokens are those read and written: beside an answer for this
+answer, beside a training in MLPO or GRPO (thousands; without the agents' proposals). Nothing was
+chosen on these questions or by these leaders. The commands are in the rows of `evidence.jsonl`."""
 WORDS = """**Any**: is at least one agent right? **Debate**: no leader; in each round every agent
 refines its response, given another's, then they vote. **T**: how often the leader answers; in
 between the agents refine. **K**: how many agents; from the fourth on the leader never saw them.
@@ -151,7 +151,7 @@ def compared(measured, ones, versus, mask=None):
 def tokens(measured, one, unit=1):
     """How many an answer or a training takes, read and written, on the mean."""
     counts = [row["tokens"] for row in measured.get(one, {}).values()]
-    return f"{np.mean(counts) / unit:,.0f}" if counts else ""
+    return f"{np.mean(counts) / unit:,.0f}" if any(counts) else ""
 
 
 def leaders(measured, names, versus):
@@ -245,7 +245,7 @@ def where_nobody_is_right(measured):
 
 def trusting(measured):
     """Agents that another's step convinces always, and only where they are wrong themselves (ours:
-    half of the time). Such agents know where they err: a debate of them is as good as a leader. *d*
+    half of the time). Such agents know where they err: is a debate of them as good as a leader? *d*
     to SFT + MLPO, T=1."""
     ones = [(f"debate:{t}", ("trusting", f"debate:{t}")) for t in (1, 2, 3)]
     ones += [(f"SFT + MLPO, with them, T={t}", ("mlpo", f"trusting:{t}")) for t in (1, 2, 3)]
@@ -287,7 +287,8 @@ def curves(measured, name, who):
 
 
 def settings(measured):
-    """One change at a time; *d* to MLPO without SFT."""
+    """One change at a time (where there are four updates a batch: besides these); *d* to MLPO
+    without SFT."""
     names = ["mlpo_only", "easy0", "easy1", "scaled", "kl", "updates4", "grpo_updates4"]
     names += ["paper_updates4", "dropout0", "fixed_order", "random_team", "rounds", "half"]
     return leaders(measured, names, "mlpo_only")
@@ -295,7 +296,7 @@ def settings(measured):
 
 def teams(measured):
     """Other teams, T=1; *d* to the same leader with the team that it was trained with, but where it
-    was trained with these itself (`same`, `finals`): to MLPO, no SFT, with its own."""
+    was trained with these itself (agent1 three times, final answers only): to MLPO, no SFT."""
     lines = []
     for name in LABELS:
         for team in (*TEAMS, *TEAM_SIZES):
