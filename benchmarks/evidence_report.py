@@ -14,9 +14,7 @@ from scipy import stats
 
 import runs
 
-LABELS = {"untrained": "untrained"}
-for name, (told, _) in VARIANTS.items():
-    LABELS[name] = told
+LABELS = {"untrained": "untrained"} | {name: label for name, (label, _) in VARIANTS.items()}
 TEAMS = {
     "three": "its team",
     "shuffled": "shuffled seats",
@@ -263,7 +261,7 @@ def when(measured):
     """Does a team help most where the leader seldom finds the right way alone? Three leaders, that
     follow each misconception alone with a probability of 0.9, 0.55 and 0.4, and two trainings of
     each, without SFT, of equal tokens. Before: how often it is right on the validation questions,
-    untrained and without chance. *d*: MLPO over GRPO, both alone."""
+    untrained, by greedy sampling. *d*: MLPO over GRPO, both alone."""
     lines = []
     for how_often, (mlpo, grpo) in BEGINNERS.items():
         alone = [(mlpo, "alone"), (grpo, "alone")]
@@ -287,8 +285,8 @@ def curves(measured, name, who):
 
 
 def settings(measured):
-    """One change at a time (where there are four updates a batch: besides these); *d* to MLPO
-    without SFT."""
+    """One change at a time (GRPO's, and never alone: and four updates a batch); *d* to MLPO without
+    SFT."""
     names = ["mlpo_only", "easy0", "easy1", "scaled", "kl", "updates4", "grpo_updates4"]
     names += ["paper_updates4", "dropout0", "fixed_order", "random_team", "rounds", "half"]
     return leaders(measured, names, "mlpo_only")
