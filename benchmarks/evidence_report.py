@@ -25,14 +25,15 @@ TEAMS = {
 }
 NO_LEADER = ("agent 1", "agent 2", "agent 3", "majority of 3", "any")
 WITH_TEAM = ("mlpo", "three:1")
-NOTE = """Shares of right answers in % of 200 test questions (of 264 official ones); differences
-(*d*) in points, over the seeds that both have (a share is over all seeds of its own). `±` is half
-of a 95% interval in which both seeds and questions vary: the variance is that of the seeds' means /
-seeds + that of the questions' means / questions, which counts the rest twice and so errs on the
-careful side; p is that of a paired t-test with it (degrees of freedom after Satterthwaite), without
-a correction for the number of tests. Tokens are those read and written: beside an answer for this
-answer, beside a training in MLPO or GRPO (thousands; without the agents' proposals). Nothing was
-chosen on these questions or by these leaders. The commands are in the rows of `evidence.jsonl`."""
+NOTE = """Shares of right answers in % of the test questions (by default 200; 66 of each official
+file); differences (*d*) in points, over the seeds that both have (a share is over all seeds of its
+own). `±` is half of a 95% interval in which both seeds and questions vary: the variance is that of
+the seeds' means / seeds + that of the questions' means / questions, which counts the rest twice and
+so errs on the careful side; p is that of a paired t-test with it (degrees of freedom after
+Satterthwaite), without a correction for the number of tests. Tokens are those read and written:
+beside an answer for this answer, beside a training in MLPO or GRPO (thousands; without the agents'
+proposals). Nothing was chosen on these questions or by these leaders. The commands are in the rows
+of `evidence.jsonl`."""
 WORDS = """**Any**: is at least one agent right? **Debate**: no leader; in each round every agent
 refines its response, given another's, then they vote. **T**: how often the leader answers; in
 between the agents refine. **K**: how many agents; from the fourth on the leader never saw them.
@@ -285,8 +286,8 @@ def curves(measured, name, who):
 
 
 def settings(measured):
-    """One change at a time (GRPO's, and never alone: and four updates a batch); *d* to MLPO without
-    SFT."""
+    """One change at a time, and two at once where four updates go with GRPO or never alone; *d* to
+    MLPO without SFT."""
     names = ["mlpo_only", "easy0", "easy1", "scaled", "kl", "updates4", "grpo_updates4"]
     names += ["paper_updates4", "dropout0", "fixed_order", "random_team", "rounds", "half"]
     return leaders(measured, names, "mlpo_only")
